@@ -1,0 +1,83 @@
+"""What the scripts share: presets by name, typed options, errors without tracebacks."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+from presets import PRESETS
+from rich.console import Console
+from rich.table import Table
+
+from jaxunet.config import Config
+from jaxunet.errors import ConfigError, JaxUNetError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], description: str, default: Any = None, args: Any = None) -> T:
+    """The command line as an instance of the dataclass `kind`; `--help` explains it."""
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, description=description, args=args, **given)  # type: ignore[call-overload]
+
+
+def take_preset(args: list[str]) -> tuple[str | None, list[str]]:
+    """Split a leading preset name, if there is one, from the options after it.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if not args or args[0].startswith("-"):
+        return None, args
+    if args[0] not in PRESETS:
+        near = difflib.get_close_matches(args[0], PRESETS, n=1, cutoff=0)
+        raise ConfigError(
+            f"There is no preset {args[0]!r}; did you mean {near[0]!r}? "
+            f"Presets: {', '.join(PRESETS)}."
+        )
+    return args[0], args[1:]
+
+
+def preset(name: str) -> Config:
+    """The configuration that `name` stands for."""
+    return PRESETS[name]()
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    """A table of every score under every protocol, headed by what was scored."""
+    dataset = result["dataset"]
+    official = dataset["official_count"]
+    count = f"{dataset['count']} images"
+    if official not in (None, dataset["count"]):
+        count += f", not the official {official}"
+    table = Table(
+        title=f"{dataset['name']} {dataset['split']} ({count}), {dataset['image_size']} px, "
+        f"step {result['step']}",
+        title_justify="left",
+    )
+    protocols = result["scores"]
+    table.add_column("protocol")
+    names = list(protocols["per_image"])
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for protocol, values in protocols.items():
+        cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
+        table.add_row(protocol.replace("_", " "), *cells)
+    Console(width=max(100, Console().width)).print(table)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run `main`; a user's mistake becomes one paragraph on stderr and exit status 1."""
+    # XLA's and TensorFlow's start-up chatter is not for the user.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        status = main() or 0
+    except JaxUNetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 128 + getattr(error, "signal", -127)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

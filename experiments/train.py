@@ -1,0 +1,57 @@
+"""Train a U-Net: `python experiments/train.py [PRESET] [--section.field VALUE ...] --out RUN`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from command_line import parse, preset, print_scores, run_script, take_preset
+from presets import PRESETS
+
+from jaxunet.config import Config
+from jaxunet.data import prepare
+from jaxunet.run import load_config
+from jaxunet.training import train
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    out: Path | None = None
+    """Run directory to write (none: runs/PRESET)."""
+    resume: bool = False
+    """Go on with the run in --out from its latest checkpoint, or start it if there is none."""
+    parallel: Literal["pmap", "jit"] = "pmap"
+    """How steps are spread over devices; both compute the same."""
+
+    @property
+    def config(self) -> Config:
+        return Config(self.data, self.model, self.optimizer, self.train)
+
+
+def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
+    """The options, starting from a preset or from the run that is resumed."""
+    name, rest = take_preset(words)
+    start = preset(name or "demo")
+    described = f"Train a U-Net. PRESET is one of {', '.join(PRESETS)} (none: demo)."
+    if name is None and "--resume" in rest and "--out" in rest[:-1]:
+        out = Path(rest[rest.index("--out") + 1])
+        if (out / "config.json").exists():
+            start = load_config(out)
+    default = Arguments(start.data, start.model, start.optimizer, start.train)
+    arguments = parse(Arguments, described, default, rest)
+    return arguments, arguments.out or Path("runs") / (name or "demo")
+
+
+def main() -> None:
+    arguments, out = read_arguments(sys.argv[1:])
+    config = arguments.config
+    data = prepare(config.data)
+    outcome = train(config, data, out, resume=arguments.resume, parallel=arguments.parallel)
+    print_scores(outcome.summary)
+    print(f"Pictures:   {', '.join(map(str, outcome.pictures))}")
+    print(f"Checkpoint: {out / 'checkpoints' / str(outcome.summary['step'])}")
+    print(f"Next:       python experiments/evaluate.py {out} --split test")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,33 @@
+"""From stored uint8 to what the network sees, inside the compiled step."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+Images = UInt8[Array, "batch height width 3"]
+Masks = UInt8[Array, "batch height width 1"]
+
+
+def normalize(images: Images) -> Float[Array, "batch height width 3"]:
+    """`(x/255 - 0.5)/0.5`: from 0..255 to -1..1, float32, as in the reference."""
+    return images.astype(jnp.float32) * (2 / 255) - 1
+
+
+def example_keys(
+    key: PRNGKeyArray, step: Int[Array, ""], places: Int[Array, " batch"]
+) -> PRNGKeyArray:
+    """One key for each example, from the step and the example's place in the global batch.
+
+    The place, not the device, so that sharding never changes what is computed.
+    """
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda place: jax.random.fold_in(step_key, place))(places)
+
+
+def random_flip(keys: PRNGKeyArray, images: Images, masks: Masks) -> tuple[Images, Masks]:
+    """Flip each image and its mask left to right with probability 0.5."""
+    flip = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
+    return (
+        jnp.where(flip, images[:, :, ::-1], images),
+        jnp.where(flip, masks[:, :, ::-1], masks),
+    )

@@ -1,0 +1,125 @@
+"""Checkpoints of a run; the one file that imports Orbax.
+
+Each checkpoint holds the training state as host arrays, so that it is good for any number
+of devices and either strategy, and a JSON object with everything else needed to go on.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jaxunet.errors import RunError
+from jaxunet.steps import TrainState
+
+Which = Literal["latest", "best"]
+
+absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax narrates every file it touches
+
+
+class Checkpoints:
+    """The checkpoints under one directory: the latest two, and the best by a metric.
+
+    Saving is asynchronous and atomic: a checkpoint that was not finished is never listed.
+    """
+
+    def __init__(self, directory: Path, best_metric: str):
+        def metric(metrics: dict[str, float]) -> float:
+            return metrics.get(best_metric, -math.inf)
+
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                best_fn=metric,
+                best_mode="max",
+                preservation_policy=preservation_policy.AnyPreservationPolicy(
+                    [
+                        preservation_policy.LatestN(2),
+                        preservation_policy.BestN(
+                            get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
+                        ),
+                    ]
+                ),
+            ),
+            item_names=("state", "progress"),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, in order."""
+        return sorted(self._manager.all_steps(read=True))
+
+    def save(
+        self,
+        state: TrainState,
+        progress: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Start saving host arrays `state` and JSON `progress` under the state's step.
+
+        `metrics` are the validation scores of exactly this state, if there are any. A
+        checkpoint that already stands at this step is replaced.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+            ),
+            metrics=metrics,
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def step_of(self, which: Which) -> int:
+        """Step of the latest checkpoint, or of the one with the best metric.
+
+        Raises:
+            RunError: there is no checkpoint.
+        """
+        step = None
+        if self.steps():
+            step = self._manager.best_step() if which == "best" else None
+            step = self.steps()[-1] if step is None else step
+        if step is None:
+            raise RunError(
+                f"{self.directory} holds no finished checkpoint; train first, or give "
+                "another run."
+            )
+        return step
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of `step` as host arrays in the shape of `like`, and its progress.
+
+        Raises:
+            RunError: the checkpoint cannot be read, or is of another architecture.
+        """
+        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+                ),
+            )
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise RunError(
+                f"The checkpoint of step {step} in {self.directory} cannot be read with this "
+                f"configuration: {reason[0][:300]}"
+            ) from error
+        return restored["state"], restored["progress"]
+
+    def close(self) -> None:
+        """Finish saving and let go of the directory."""
+        self._manager.close()

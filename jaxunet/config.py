@@ -1,0 +1,329 @@
+"""Every choice of a run, as frozen dataclasses that are checked when they are made.
+
+`Config` is what a preset is, what the command line overrides field by field, and what
+`config.json` in a run directory holds. The docstrings under the fields are the help
+texts of the command line.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from jaxunet.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise `ConfigError` naming the field, its value and what is allowed."""
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
+
+
+def require_positive(name: str, value: float) -> None:
+    require(math.isfinite(value) and value > 0, name, value, "a positive number")
+
+
+def require_at_least(name: str, value: float, least: float) -> None:
+    require(
+        math.isfinite(value) and value >= least, name, value, f"at least {least}"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, where they lie and how they are read."""
+
+    name: Literal["synthetic", "isic2018", "folder"] = "synthetic"
+    """Dataset: `synthetic` (drawn from a seed), `isic2018` (the challenge's Task 1), or
+    `folder` (your own `images/` and `masks/`)."""
+    dir: Path | None = None
+    """Where the source files are: for `isic2018` a folder with the official zips or what
+    they unpack to (none: TFDS downloads 13 GB), for `folder` the folder itself."""
+    prepared_dir: Path | None = None
+    """Where prepared datasets are kept (none: TFDS's own place, `~/tensorflow_datasets`
+    or `$TFDS_DATA_DIR`)."""
+    image_size: int = 256
+    """Side in pixels of the square images that the model sees."""
+    stored_size: int | Literal["native", "auto"] = "auto"
+    """Side in pixels at which images are stored when the dataset is prepared; `native`
+    keeps the original files, `auto` is 256 or 512, whichever holds `image_size`."""
+    train_split: str = "train"
+    """Split to train on; TFDS slices such as `train[:90%]` work."""
+    validation_split: str = "validation"
+    """Split to validate on."""
+    loader: Literal["grain", "tfdata"] = "grain"
+    """Input pipeline: Grain, or tf.data (needs the extra `[tf]`)."""
+    cache: Literal["none", "host"] = "none"
+    """`host` keeps decoded images in memory after they are first read."""
+    workers: int = 0
+    """Worker processes that read and decode (0: threads of the main process). Grain only."""
+    binarize: bool = False
+    """Accept masks with values other than 0 and 255, as lesion where above 127."""
+    folder_split_seed: int = 0
+    """`folder` without split subfolders: seed of the 80/10/10 split."""
+    synthetic_train: int = 384
+    """`synthetic`: number of training images."""
+    synthetic_validation: int = 64
+    """`synthetic`: number of validation images (as many again for test)."""
+    synthetic_seed: int = 0
+    """`synthetic`: seed the pictures are drawn from."""
+
+    def __post_init__(self) -> None:
+        require_at_least("data.image_size", self.image_size, 1)
+        if isinstance(self.stored_size, int):
+            require_at_least("data.stored_size", self.stored_size, 1)
+        require_at_least("data.workers", self.workers, 0)
+        require_at_least("data.synthetic_train", self.synthetic_train, 1)
+        require_at_least("data.synthetic_validation", self.synthetic_validation, 1)
+        require(
+            self.name != "folder" or self.dir is not None,
+            "data.dir",
+            self.dir,
+            "the folder that holds images/ and masks/ when data.name is 'folder'",
+        )
+        require(
+            not (self.loader == "tfdata" and self.workers),
+            "data.workers",
+            self.workers,
+            "0 with data.loader 'tfdata', which has threads of its own",
+        )
+
+    @property
+    def resolved_stored_size(self) -> int | Literal["native"]:
+        """`stored_size` with `auto` decided."""
+        if self.stored_size != "auto":
+            return self.stored_size
+        for size in (256, 512):
+            if self.image_size <= size:
+                return size
+        return "native"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the U-Net."""
+
+    width: int = 64
+    """Channels at the first level; doubled at each level below."""
+    depth: int = 5
+    """Number of levels, the bottom one included."""
+    num_logits: int = 1
+    """Output channels: 1 (lesion) or 2 (background and lesion)."""
+    norm: Literal["none", "batch", "group"] = "none"
+    """Normalisation after each convolution; `batch` is synced across devices."""
+    upsampling: Literal["transposed", "bilinear"] = "transposed"
+    """2x2 transposed convolution, or bilinear interpolation with halved channels."""
+    skip: Literal["crop", "pad"] = "crop"
+    """Where sizes differ: centre-crop the skip (the reference), or zero-pad the
+    upsampled map (milesial/Pytorch-UNet; the output keeps the input's size)."""
+    concat: Literal["upsampled_first", "skip_first"] = "upsampled_first"
+    """Order of concatenation: `[upsampled, skip]` (the reference) or `[skip, upsampled]`."""
+    conv_bias: bool = True
+    """Whether the 3x3 convolutions have a bias."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; parameters and logits stay float32."""
+    init: Literal["pytorch", "he"] = "pytorch"
+    """Initial weights: PyTorch's default (uniform in ±1/sqrt(fan_in)) or He normal."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        require_at_least("model.width", self.width, 1)
+        require_at_least("model.depth", self.depth, 2)
+        require(self.num_logits in (1, 2), "model.num_logits", self.num_logits, "1 or 2")
+        require(
+            self.norm != "group" or self.width % min(8, self.width) == 0,
+            "model.width",
+            self.width,
+            "a multiple of 8 (or below 8) with model.norm 'group'",
+        )
+        require(
+            self.upsampling != "bilinear" or self.width % 2 == 0,
+            "model.width",
+            self.width,
+            "even with model.upsampling 'bilinear', which halves channels",
+        )
+
+    @property
+    def least_image_size(self) -> int:
+        """Smallest image side in pixels that survives all the poolings."""
+        return 2 ** (self.depth - 1)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates (Optax)."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimizer."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled weight decay."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or cosine to zero at the last step."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from zero."""
+    clip_norm: float | None = None
+    """Clip the gradient's global norm to this value."""
+    accumulate_steps: int = 1
+    """Batches whose gradients are averaged into one update."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, used to evaluate."""
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer.learning_rate", self.learning_rate)
+        require(
+            0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)"
+        )
+        require_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        require_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        require_at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
+        if self.clip_norm is not None:
+            require_positive("optimizer.clip_norm", self.clip_norm)
+        if self.ema_decay is not None:
+            require(
+                0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in (0, 1)"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 5
+    """Passes over the training split."""
+    batch_size: int = 8
+    """Images in a global batch, all devices together."""
+    eval_batch_size: int = 4
+    """Images in a global batch of evaluation; scores don't depend on it."""
+    loss: Literal[
+        "bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"
+    ] = "bce"
+    """Loss function."""
+    augment: Literal["none", "flip"] = "flip"
+    """`flip`: horizontal flip with probability 0.5, as in the reference."""
+    threshold: float = 0.5
+    """Probability above which a pixel counts as lesion."""
+    seed: int = 0
+    """Seed of initial weights, order of examples and augmentation."""
+    checkpoint_every: int = 0
+    """Also save every so many steps (0: at the end of each epoch only)."""
+    log_every: int = 10
+    """Write the training loss to metrics.jsonl every so many steps."""
+    best_metric: Literal["dice", "iou", "threshold_jaccard"] = "dice"
+    """Per-image validation score by which the best checkpoint is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "log_every"):
+            require_at_least(f"train.{name}", getattr(self, name), 1)
+        require_at_least("train.checkpoint_every", self.checkpoint_every, 0)
+        require_at_least("train.seed", self.seed, 0)
+        require(
+            0 < self.threshold < 1, "train.threshold", self.threshold, "between 0 and 1"
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run's numbers."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            "data.image_size", self.data.image_size, self.model.least_image_size
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values; `from_dict` turns it back."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return to_dict(value)
+        return str(value) if isinstance(value, Path) else value
+
+    return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_dict(kind: type[T], values: Any, where: str = "") -> T:
+    """Make a dataclass of `kind` from what `to_dict` gave.
+
+    Raises:
+        ConfigError: a field is unknown or has a value of the wrong type; the message
+            names it with its full path, such as `train.epochs`.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or 'The configuration'} is {values!r}, not an object.")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(
+            f"Unknown field {', '.join(where + name for name in unknown)}; "
+            f"known here: {', '.join(hints)}."
+        )
+    made = {
+        name: from_dict(hints[name], value, f"{where}{name}.")
+        if dataclasses.is_dataclass(hints[name])
+        else _typed(hints[name], value, where + name)
+        for name, value in values.items()
+    }
+    return kind(**made)
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """`value` as JSON gave it, checked against the type `hint` and made into it."""
+    options = (
+        get_args(hint)
+        if get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
+    for option in options:
+        if get_origin(option) is Literal:
+            if value in get_args(option):
+                return value
+        elif option is Path:
+            if isinstance(value, str):
+                return Path(value)
+        elif option is type(None):
+            if value is None:
+                return None
+        elif option is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    allowed = " or ".join(
+        ", ".join(map(repr, get_args(o))) if get_origin(o) is Literal else o.__name__
+        for o in options
+    )
+    raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
+
+
+def dumps(config: Any) -> str:
+    """Configuration as indented JSON text."""
+    return json.dumps(to_dict(config), indent=2)
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Fields in which two configurations differ, as `name: old -> new` lines."""
+    lines = []
+    for f in dataclasses.fields(old):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(before):
+            lines += differences(before, after, f"{where}{f.name}.")
+        elif before != after:
+            lines.append(f"{where}{f.name}: {before!r} -> {after!r}")
+    return lines

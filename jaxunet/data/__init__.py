@@ -1,0 +1,7 @@
+"""Datasets: checked, prepared once with TFDS, read at random."""
+
+from jaxunet.data.prepare import prepare
+from jaxunet.data.prepared import Prepared
+from jaxunet.data.records import Example, Records
+
+__all__ = ["Example", "Prepared", "Records", "prepare"]

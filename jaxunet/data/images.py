@@ -1,0 +1,165 @@
+"""Image and mask files to uint8 arrays and back, with Pillow.
+
+Worker processes import this, so it needs NumPy and Pillow and nothing else.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxunet.errors import DataError
+
+MAX_PIXELS = 80_000_000
+"""Largest image that is decoded, width times height. Above it a file is refused before
+decoding: a few kilobytes of PNG can claim gigabytes of pixels. The largest official ISIC
+2018 image has 30 million pixels."""
+
+# What Pillow's decoders are known to raise on damaged input, beside OSError.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def read_image(source: bytes | Path, *, name: str | None = None) -> np.ndarray:
+    """Decode an image file to uint8 RGB, `[height, width, 3]`.
+
+    The EXIF orientation is applied. Greyscale, palette, CMYK and 16-bit images become
+    8-bit RGB; an alpha channel is dropped.
+
+    Args:
+        source: the file, or its contents.
+        name: what errors call the image when `source` is bytes.
+
+    Raises:
+        DataError: the file is not an image, is damaged or truncated, has more than
+            `MAX_PIXELS` pixels, or a pixel format whose range is not known.
+    """
+    with _decoded(source, name) as (image, label):
+        if image.mode.startswith("I;16"):
+            grey = _eight_bits(image)
+            return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+        if image.mode in ("I", "F"):
+            raise DataError(
+                f"{label} has pixels of type {image.mode!r} (32 bits), whose range is not "
+                "known. Save it with 8 or 16 bits per channel."
+            )
+        return np.array(image.convert("RGB"))
+
+
+def read_mask(
+    source: bytes | Path, *, binarize: bool = False, name: str | None = None
+) -> np.ndarray:
+    """Decode a mask file to uint8, `[height, width, 1]`, lesion 255 and background 0.
+
+    Args:
+        source: the file, or its contents.
+        binarize: accept any 8- or 16-bit values, as lesion where above 127 of 255.
+        name: what errors call the mask when `source` is bytes.
+
+    Raises:
+        DataError: the file is no readable image (as for `read_image`), has more than one
+            channel, or values other than 0 and 255, which are named.
+    """
+    with _decoded(source, name) as (image, label):
+        if image.mode == "P":
+            image = _grey_palette(image, label)
+        if image.mode == "1":
+            image = image.convert("L")
+        if image.mode != "L" and not image.mode.startswith("I;16"):
+            channels = len(image.getbands())
+            raise DataError(
+                f"{label} has pixels of type {image.mode!r} ({channels} "
+                f"channel{'s' * (channels > 1)}), but a mask is a single channel of 8 bits. "
+                "Save it as greyscale."
+            )
+        values = _values(image)
+        mask = np.array(image) if image.mode == "L" else _eight_bits(image)
+        if binarize:
+            mask = np.where(mask > 127, 255, 0).astype(np.uint8)
+        elif not set(values) <= {0, 255}:
+            found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+            raise DataError(
+                f"{label} holds the values {found}, but a mask holds only 0 and 255. "
+                "Pass --data.binarize to take values above 127 as lesion."
+            )
+        return mask[:, :, np.newaxis]
+
+
+def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 `[h, w, 3]` to `[height, width, 3]`: bilinear, antialiased."""
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(resized)
+
+
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 `[h, w, 1]` to `[height, width, 1]`: nearest, so values are kept."""
+    resized = Image.fromarray(mask[:, :, 0]).resize((width, height), Image.Resampling.NEAREST)
+    return np.array(resized)[:, :, np.newaxis]
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """PNG file of a uint8 array: RGB `[h, w, 3]`, or grey `[h, w, 1]` or `[h, w]`."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    buffer = io.BytesIO()
+    # A third of the time of zlib's default level, for files a tenth larger.
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _decoded(source: bytes | Path, name: str | None) -> Iterator[tuple[Image.Image, str]]:
+    """The fully decoded, upright image with its name, errors as `DataError`."""
+    label = name or (str(source) if isinstance(source, Path) else "The image")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise DataError(
+                    f"{label} is {image.width} x {image.height} = {pixels:,} pixels; the "
+                    f"limit is {MAX_PIXELS:,}."
+                )
+            image.load()
+            yield ImageOps.exif_transpose(image), label
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's own limit strikes while opening, before the size can be asked for.
+        raise DataError(
+            f"{label} is too large: {error} The limit is {MAX_PIXELS:,}."
+        ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{label} does not exist.") from error
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"{label} is not an image that Pillow can read.") from error
+    except _DAMAGE as error:
+        raise DataError(f"{label} cannot be decoded: {error}.") from error
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """A 16-bit single-channel image scaled to uint8, 65535 to 255."""
+    values = np.array(image).astype(np.uint32)
+    return ((values + 128) // 257).astype(np.uint8)
+
+
+def _values(image: Image.Image) -> list[int]:
+    """Distinct values of a single-channel image, in order."""
+    if image.mode == "L":
+        # A histogram is linear in the pixels; np.unique would sort millions of them.
+        return [value for value, count in enumerate(image.histogram()) if count]
+    return [int(value) for value in np.unique(np.array(image))]
+
+
+def _grey_palette(image: Image.Image, label: str) -> Image.Image:
+    """A palette image as greyscale, if all colours it uses are grey."""
+    red, green, blue = image.convert("RGB").split()
+    if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
+        raise DataError(
+            f"{label} has a palette of colours, but a mask is a single channel with only "
+            "0 and 255. Save it as greyscale."
+        )
+    return red

@@ -1,0 +1,130 @@
+"""Batches of uint8 from a prepared dataset: by Grain, or by tf.data.
+
+Both read the same files through the same `BatchReader`, so they yield the same arrays.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import UInt8
+
+from jaxunet.config import DataConfig
+from jaxunet.data.images import resize_image, resize_mask
+from jaxunet.data.order import PADDING, Order
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples at random: `[i]` gives `image` and `mask`, uint8 [height, width, 3 and 1]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+HostBatch = dict[str, UInt8[np.ndarray, "batch ..."]]
+
+THREADS = 4
+PREFETCHED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads global batch number n of `order` from `source`, at `image_size`; picklable."""
+
+    source: Source
+    order: Order
+    image_size: int
+
+    def __call__(self, batch: int) -> HostBatch:
+        """`image` [b, s, s, 3], `mask` [b, s, s, 1], `weight` [b]: this process's rows."""
+        indices = self.order.local_indices(int(batch))
+        side = self.image_size
+        images = np.zeros((len(indices), side, side, 3), np.uint8)
+        masks = np.zeros((len(indices), side, side, 1), np.uint8)
+        for row, index in enumerate(indices):
+            if index != PADDING:
+                example = self.source[int(index)]
+                images[row] = resize_image(example["image"], side, side)
+                masks[row] = resize_mask(example["mask"], side, side)
+        weight = (indices != PADDING).astype(np.uint8)
+        return {"image": images, "mask": masks, "weight": weight}
+
+
+class InMemory:
+    """A source decoded and resized once, then kept."""
+
+    def __init__(self, source: Source, image_size: int):
+        # Prepared at the same size, the reader's own resize is the identity.
+        self._examples: list[dict[str, Any] | None] = [None] * len(source)
+        self._source, self._size = source, image_size
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._examples[index]
+        if example is None:
+            example = dict(self._source[index])
+            example["image"] = resize_image(example["image"], self._size, self._size)
+            example["mask"] = resize_mask(example["mask"], self._size, self._size)
+            self._examples[index] = example
+        return example
+
+
+class Batches(Iterator[HostBatch]):
+    """An endless or finite run of batches that can be stopped and taken up again.
+
+    Its state is the number of the next batch: all else follows from the seed, so a state
+    saved by any number of processes or workers is good for any other.
+    """
+
+    def __init__(self, open_at: Callable[[int], Iterator[HostBatch]]):
+        self._open_at = open_at
+        self._next = 0
+        self._batches: Iterator[HostBatch] | None = None
+
+    def __next__(self) -> HostBatch:
+        if self._batches is None:
+            self._batches = self._open_at(self._next)
+        batch = next(self._batches)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """JSON-able position."""
+        return {"next_batch": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go to a position that `get_state` gave."""
+        self._next = state["next_batch"]
+        self._batches = None
+
+
+def make_batches(source: Source, config: DataConfig, order: Order, last_batch: int) -> Batches:
+    """Batches 0 to `last_batch` (exclusive) of `order`, read as `config` says."""
+    reader = BatchReader(source, order, config.image_size)
+    open_at = _tfdata if config.loader == "tfdata" else _grain
+    return Batches(lambda start: open_at(reader, start, last_batch, config.workers))
+
+
+def _grain(reader: BatchReader, start: int, stop: int, workers: int) -> Iterator[HostBatch]:
+    threads = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED_BATCHES)
+    batches = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(threads)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain's workers read flags that only absl.app sets
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        )
+    return iter(batches)
+
+
+def _tfdata(reader: BatchReader, start: int, stop: int, workers: int) -> Iterator[HostBatch]:
+    from jaxunet.data.tfdata import iterate  # TensorFlow only where it is asked for
+
+    return iterate(reader, start, stop)

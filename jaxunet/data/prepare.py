@@ -1,0 +1,209 @@
+"""From a `DataConfig` to a prepared dataset: found where it is, or checked and built.
+
+A prepared dataset lies in `<prepared_dir>/<name>/<size>-<fingerprint>/<version>`, so that
+another size, or changed source data, gives another dataset and never a stale one.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from jaxunet.config import DataConfig
+from jaxunet.data import drawing, folder, isic2018, synthetic
+from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
+from jaxunet.data.check import check_pair
+from jaxunet.data.prepared import Prepared, Size, check_complete
+from jaxunet.data.sources import Pair, Source
+from jaxunet.errors import DataError
+
+
+def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
+    """Open the prepared dataset that `config` asks for; check the data and build it first
+    if it isn't there.
+
+    Building is atomic: an error, Ctrl-C or a kill leaves no half-made dataset. Of several
+    processes that prepare the same dataset one builds, and the others wait for it.
+
+    Args:
+        config: which dataset, where from, at which size, prepared where.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DataError: the source is missing, or has problems, which are all listed.
+    """
+    recipe = _recipe(config)
+    make_builder = partial(
+        recipe.builder,
+        data_dir=config.prepared_dir and config.prepared_dir.expanduser(),
+        config=BuildConfig(
+            name=f"{recipe.stored_size}-{recipe.fingerprint}",
+            stored_size=recipe.stored_size,
+            plan=recipe.plan,
+            progress=progress,
+        ),
+    )
+    with _quiet():
+        builder = make_builder()
+        directory = Path(builder.data_path)
+        if not directory.exists():
+            with _locked(directory.parent) as alone:
+                if alone:
+                    # Nobody else is building: what lies here is left of one that was killed.
+                    for leftover in directory.parent.glob("incomplete.*"):
+                        shutil.rmtree(leftover, ignore_errors=True)
+                if not directory.exists():
+                    _build(builder, directory, progress)
+            builder = make_builder()
+    check_complete(builder.info, directory)
+    return Prepared(
+        name=config.name,
+        directory=directory,
+        fingerprint=recipe.fingerprint,
+        stored_size=recipe.stored_size,
+        counts={name: split.num_examples for name, split in builder.info.splits.items()},
+        official_counts=dict(recipe.official_counts),
+        needs=recipe.needs,
+    )
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How one configuration is built; making it is cheap, as it reads no images."""
+
+    builder: type[PairsBuilder]
+    stored_size: Size
+    fingerprint: str
+    plan: Callable[[tfds.download.DownloadManager], Plan]
+    needs: dict[str, str]
+    official_counts: dict[str, int | None]
+
+
+def _recipe(config: DataConfig) -> _Recipe:
+    splits = ("train", "validation", "test")
+    size = config.resolved_stored_size
+    if config.name == "synthetic":
+        side = config.image_size if config.stored_size in ("auto", "native") else size
+        assert isinstance(side, int)
+        counts = {
+            "train": config.synthetic_train,
+            "validation": config.synthetic_validation,
+            "test": config.synthetic_validation,
+        }
+        plan = synthetic.plan(config.synthetic_seed, counts, side)
+        return _Recipe(
+            synthetic.Synthetic,
+            side,
+            _digest(config.synthetic_seed, counts, drawing.VERSION),
+            lambda manager: plan,
+            dict.fromkeys(splits, "nothing"),
+            dict.fromkeys(splits),
+        )
+    if config.name == "isic2018":
+        needs = {split: isic2018.required_files(split) for split in splits}
+        official: dict[str, int | None] = dict(isic2018.OFFICIAL_COUNTS)
+        if config.dir is None:
+            return _Recipe(
+                isic2018.Isic2018,
+                size,
+                _digest(sorted(map(repr, isic2018.Isic2018.url_infos.items()))),
+                lambda manager: _plan(isic2018.download(manager), config, "the download"),
+                needs,
+                official,
+            )
+        source = isic2018.find(config.dir.expanduser())
+        builder: type[PairsBuilder] = isic2018.Isic2018
+    else:
+        assert config.dir is not None
+        needs = {split: folder.required_files(split) for split in splits}
+        official = dict.fromkeys(splits)
+        source = folder.find(config.dir.expanduser(), config.folder_split_seed)
+        builder = folder.Folder
+    return _Recipe(
+        builder,
+        size,
+        source.fingerprint(config.binarize),
+        lambda manager: _plan(source, config, config.dir),
+        needs,
+        official,
+    )
+
+
+def _plan(source: Source, config: DataConfig, where: object) -> Plan:
+    size = config.resolved_stored_size
+    items = {split: {pair.id: pair for pair in pairs} for split, pairs in source.splits.items()}
+    everything = [pair for pairs in source.splits.values() for pair in pairs]
+    mean_bytes = sum(p.image.size + p.mask.size for p in everything) // max(1, len(everything))
+    return Plan(
+        items=items,
+        make=partial(_make, size, config.binarize),
+        where=where,
+        problems=source.problems,
+        bytes_per_example=max(1, mean_bytes) if size == "native" else 4 * size * size,
+    )
+
+
+def _make(size: Size, binarize: bool, pair: Pair) -> Example | list[str]:
+    checked = check_pair(pair, binarize=binarize)
+    if isinstance(checked, list):
+        return checked
+    return store(checked.id, checked.image_file, checked.image, checked.mask, size)
+
+
+def _build(builder: PairsBuilder, directory: Path, progress: bool) -> None:
+    # TFDS's own bars don't know the total; its bar of a download is worth seeing.
+    (tfds.enable_progress_bar if progress else tfds.disable_progress_bar)()
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    except OSError as error:
+        if directory.exists():
+            return  # Another process, which the lock could not hold back, was first.
+        raise DataError(f"{directory} cannot be written: {error}.") from error
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what TFDS prints and logs of its own accord."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _locked(folder_: Path) -> Iterator[bool]:
+    """Hold the folder's lock, waiting for it; False where the system has no such locks.
+
+    The system lets go of it when a process dies, however it dies.
+    """
+    try:
+        folder_.mkdir(parents=True, exist_ok=True)
+        file = (folder_ / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"{folder_} cannot be written: {error}.") from error
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            yield False
+        else:
+            yield True

@@ -1,0 +1,116 @@
+"""A dataset that has been prepared: its splits, counts and examples."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import tensorflow_datasets as tfds
+
+from jaxunet.data.builder import IDS_FILE
+from jaxunet.data.records import Records
+from jaxunet.errors import DataError
+
+Size = int | Literal["native"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared dataset on disk."""
+
+    name: str
+    directory: Path
+    fingerprint: str
+    """Changes with the source data and with what was asked of it."""
+    stored_size: Size
+    counts: dict[str, int]
+    """Number of examples of each split that there is."""
+    official_counts: dict[str, int | None]
+    """What the challenge has, for the splits that it has; None where that means nothing."""
+    needs: dict[str, str]
+    """For each split that this dataset can have, the files that it is made from."""
+
+    def source(self, split: str) -> Records:
+        """Random access to a split or a TFDS slice of one, such as `train[:90%]`.
+
+        Examples are in order of their ids.
+
+        Raises:
+            DataError: there is no such split, or the slice is malformed or empty.
+        """
+        files = self._split(split).file_instructions
+        name = f"{self.name}/{self.stored_size}-{self.fingerprint}/{split}"
+        return Records(name, files, self.stored_size)
+
+    def count(self, split: str) -> int:
+        """Number of examples of a split or slice."""
+        return self._split(split).num_examples
+
+    def official_count(self, split: str) -> int | None:
+        """Number of examples that the challenge's split has, if it is one of its splits.
+
+        Of a slice it is the number of the whole split, from which it then differs.
+        """
+        self._split(split)
+        bases = _base_names(split)
+        return self.official_counts[bases[0]] if len(bases) == 1 else None
+
+    def ids(self, split: str) -> list[str]:
+        """Ids of the examples of a split or slice, in order."""
+        ids = json.loads((self.directory / IDS_FILE).read_text())
+        by_file: dict[str, list[str]] = {}
+        for name, info in self._info.splits.items():
+            rest = iter(ids[name])
+            for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+                by_file[str(path)] = list(islice(rest, length))
+        return [
+            key
+            for part in self._split(split).file_instructions
+            for key in by_file[str(part.filename)][part.skip : part.skip + part.take]
+        ]
+
+    def _split(self, split: str) -> Any:
+        for base in _base_names(split):
+            if base not in self.counts:
+                needed = self.needs.get(base)
+                raise DataError(
+                    f"{self.name} has no split {base!r} here; it has "
+                    f"{', '.join(self.counts)}. "
+                    + (
+                        f"{base} needs {needed}."
+                        if needed
+                        else f"Known splits: {', '.join(self.needs)}."
+                    )
+                )
+        try:
+            found = self._info.splits[split]
+        except (ValueError, KeyError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"Split {split!r} cannot be read: {reason}") from error
+        if not found.num_examples:
+            raise DataError(f"Split {split!r} of {self.name} selects no examples.")
+        return found
+
+    @cached_property
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.builder_from_directory(self.directory).info
+
+
+def check_complete(info: tfds.core.DatasetInfo, directory: Path) -> None:
+    """Raise `DataError` if files of a prepared dataset are gone or cut short."""
+    paths = [Path(path) for split in info.splits.values() for path in split.filepaths]
+    found = sum(path.stat().st_size for path in paths if path.exists())
+    expected = sum(split.num_bytes for split in info.splits.values())
+    if not paths or found != expected or not (directory / IDS_FILE).exists():
+        raise DataError(
+            f"{directory} is damaged ({found:,} bytes of {expected:,}). Delete it, and it "
+            "will be prepared again."
+        )
+
+
+def _base_names(split: str) -> list[str]:
+    """Splits that a TFDS expression such as `train[:90%]+test` speaks of."""
+    return [re.split(r"\[", part.strip())[0] for part in split.split("+")]

@@ -1,0 +1,76 @@
+"""Random access to the examples of a prepared split."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from operator import index as as_index
+from typing import Any, Literal, SupportsIndex, TypedDict
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from jaxunet.data.builder import features
+from jaxunet.data.images import read_image, read_mask
+
+
+class Example(TypedDict):
+    """One example as it is stored, at the size at which it is stored."""
+
+    id: str
+    image: np.ndarray
+    """uint8 `[height, width, 3]`."""
+    mask: np.ndarray
+    """uint8 `[height, width, 1]`, 0 or 255."""
+
+
+class Records:
+    """A sequence of examples, decoded when asked for. It can be pickled and shared."""
+
+    def __init__(
+        self, name: str, files: Sequence[Any], stored_size: int | Literal["native"]
+    ) -> None:
+        """Open the records.
+
+        Args:
+            name: says which dataset and split this is; part of the representation, by
+                which Grain recognises a data source when an iterator is restored.
+            files: TFDS file instructions (file name, records to skip and to take).
+            stored_size: of the images, in pixels.
+        """
+        self.name = name
+        self.stored_size = stored_size
+        self._records = ArrayRecordDataSource(files)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        position = as_index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"Example {position} of {len(self)} in {self.name}.")
+        stored = self.stored(position)
+        key = stored["id"].decode()
+        return {
+            "id": key,
+            "image": read_image(stored["image"], name=f"{self.name}: image {key}"),
+            "mask": read_mask(stored["mask"], name=f"{self.name}: mask {key}"),
+        }
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Records({self.name!r}, {len(self)} examples)"
+
+    def stored(self, index: int) -> dict[str, bytes]:
+        """The encoded files of an example: `id`, `image` (PNG or original), `mask` (PNG)."""
+        record = self._records[index % len(self)]
+        # Decoded here, not by TFDS, which would take OpenCV where it is installed and so
+        # give other pixels for the same JPEG on another machine.
+        skip = tfds.decode.SkipDecoding()
+        return _features(self.stored_size).deserialize_example_np(
+            record, decoders={"image": skip, "mask": skip}
+        )
+
+
+_features = cache(features)

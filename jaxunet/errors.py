@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend: one paragraph naming what was found and what to do.
+
+Scripts print these without a traceback and exit with status 1. Anything else that
+escapes is a bug in jaxunet and keeps its traceback.
+"""
+
+
+class JaxUNetError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(JaxUNetError, ValueError):
+    """A configuration value, or a combination of them, is not allowed."""
+
+
+class DataError(JaxUNetError, ValueError):
+    """The data on disk is missing, broken or not what the configuration says."""
+
+
+class RunError(JaxUNetError, RuntimeError):
+    """A run directory or checkpoint cannot be used as asked, or a run had to stop."""

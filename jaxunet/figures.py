@@ -1,0 +1,295 @@
+"""What a person looks at: learning curves, tables of predictions, contours on pictures.
+
+The one file that imports matplotlib. It draws on `Figure` objects of its own, never on
+pyplot's global state, so it needs no display and may be called from any thread.
+"""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.ndimage
+from jaxtyping import Bool, Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's palette, told apart under every common colour blindness.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, BLACK, SKY, YELLOW = "#E69F00", "#000000", "#56B4E9", "#F0E442"
+TRUTH, PREDICTION = SKY, YELLOW
+
+Picture = UInt8[np.ndarray, "height width 3"]
+Mask = UInt8[np.ndarray, "height width"] | Bool[np.ndarray, "height width"]
+
+
+@dataclass(frozen=True)
+class PredictionRow:
+    """One image of the table that `predictions` draws."""
+
+    name: str
+    """Id of the image."""
+    label: str
+    """Which one it is: `best`, `median`, ... (see `select_rows`)."""
+    dice: float
+    image: UInt8[np.ndarray, "height width 3"]
+    truth: UInt8[np.ndarray, "height width"]
+    """Lesion where above 0."""
+    prediction: UInt8[np.ndarray, "height width"]
+    """Lesion where above 0."""
+
+
+def select_rows(dice: Float[np.ndarray, " images"], count: int = 6) -> list[tuple[int, str]]:
+    """Choose images to show: best, median and worst, the rest spread between them.
+
+    Where the rows can't be spread evenly, the lower half gets one more: failures teach
+    more than successes.
+
+    Returns:
+        At most `count` pairs of index into `dice` and label, from best to worst; fewer
+        when there are fewer images.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    if not np.isfinite(dice).all():
+        raise ValueError(f"dice holds values that are not finite: {dice[~np.isfinite(dice)]}.")
+    last = len(dice) - 1
+    if last < 1:
+        return [(index, "only image") for index in range(min(len(dice), count))]
+    if count == 1:
+        quantiles = np.array([0.5])
+    elif count > last:
+        quantiles = np.linspace(1, 0, last + 1)
+    else:
+        upper = (count + 1) // 2
+        quantiles = np.concatenate(
+            [np.linspace(1, 0.5, upper), np.linspace(0.5, 0, count - upper + 1)[1:]]
+        )
+    order = np.argsort(-dice, kind="stable")  # best first; equal scores in dataset order
+    middle = last // 2
+    rows = []
+    for rank in np.floor((1 - quantiles) * last + 0.499).astype(int):
+        if rank in (0, last):
+            label = "best" if rank == 0 else "worst"
+        else:
+            label = "median" if rank == middle else f"percentile {100 - 100 * rank / last:.0f}"
+        rows.append((int(order[rank]), label))
+    return rows
+
+
+def overlay(image: Picture, mask: Mask, colour: str = YELLOW) -> Picture:
+    """The picture with the mask's outline drawn on it.
+
+    The line lies half inside and half outside the mask's edge, is closed where the mask
+    touches the border, and widens with the picture: 1 pixel for each 256 of its longer
+    side, at least 2.
+
+    Args:
+        image: the picture; left as it is.
+        mask: lesion where above 0.
+        colour: any colour that matplotlib knows.
+    """
+    lesion = mask > 0
+    reach = max(1, round(max(lesion.shape) / 512))
+    drawn = image.copy()
+    rows, columns = np.flatnonzero(lesion.any(axis=1)), np.flatnonzero(lesion.any(axis=0))
+    if not rows.size:
+        return drawn
+    # Filter only round the mask: it is often a small part of a large picture.
+    box = tuple(
+        slice(max(0, places[0] - reach), places[-1] + reach + 1) for places in (rows, columns)
+    )
+    inside = lesion[box].astype(np.uint8)
+    size = 2 * reach + 1
+    grown = scipy.ndimage.maximum_filter(inside, size=size, mode="constant", cval=0)
+    shrunk = scipy.ndimage.minimum_filter(inside, size=size, mode="constant", cval=0)
+    drawn[box][grown > shrunk] = np.round(np.array(to_rgb(colour)) * 255)
+    return drawn
+
+
+def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and validation scores of a run to the PNG file `path`.
+
+    Args:
+        metrics_lines: the objects of `metrics.jsonl`, in order. Lines of split `train` are
+            read for `values["loss"]`, those of `validation` for `loss`, `dice` and `iou`;
+            what a line lacks is not drawn.
+        path: where the picture goes; its folder is made.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss_axes, score_axes = figure.subplots(1, 2)
+
+    steps, losses, epochs = _series(metrics_lines, "train", "loss")
+    if losses.size:
+        loss_axes.plot(
+            steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="training, logged steps"
+        )
+        each = [epochs == epoch for epoch in np.unique(epochs)]
+        middles, means = [steps[e].mean() for e in each], [losses[e].mean() for e in each]
+        _plot(loss_axes, middles, means, BLUE, "training, mean of epoch")
+    steps, losses, _ = _series(metrics_lines, "validation", "loss")
+    _plot(loss_axes, steps, losses, VERMILLION, "validation, end of epoch")
+    _finish(loss_axes, "Loss", "step", "loss")
+
+    for name, title, colour in (("dice", "Dice", GREEN), ("iou", "IoU", PURPLE)):
+        _, scores, epochs = _series(metrics_lines, "validation", name)
+        if scores.size:
+            best = int(scores.argmax())
+            label = f"{title}, best {scores[best]:.4f} in epoch {epochs[best]:g}"
+            _plot(score_axes, epochs, scores, colour, label)
+            score_axes.plot(
+                epochs[best], scores[best], "*", color=colour, markersize=12, zorder=3
+            )
+            score_axes.set_xlim(0.5, epochs.max() + 0.5)
+    score_axes.set_ylim(0, 1)
+    score_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _finish(score_axes, "Validation, mean over images", "epoch", "score")
+    _save(figure, path)
+
+
+def loss_comparison(
+    curves: dict[str, list[float]], path: Path, title: str, xlabel: str = "step"
+) -> None:
+    """Draw loss curves of several frameworks over each other to the PNG file `path`.
+
+    Later curves are thinner and dashed, so that those that coincide can all be seen.
+
+    Args:
+        curves: losses by the name that the legend gives them, the first at x = 1.
+        path: where the picture goes; its folder is made.
+        title: heading of the picture.
+        xlabel: what the losses are counted in.
+    """
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    colours = (SKY, VERMILLION, BLACK, GREEN, PURPLE, ORANGE)
+    styles = ("-", "--", ":", "-.")
+    for place, (name, losses) in enumerate(curves.items()):
+        axes.plot(
+            np.arange(1, len(losses) + 1),
+            losses,
+            color=colours[place % len(colours)],
+            linestyle=styles[place % len(styles)],
+            linewidth=3.5 if place == 0 else 1.5,
+            marker="o" if len(losses) <= 25 else None,
+            markersize=8 if place == 0 else 4,
+            label=name,
+        )
+    if max(map(len, curves.values()), default=0) <= 25:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _finish(axes, title, xlabel, "loss")
+    _save(figure, path)
+
+
+def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
+    """Draw the table image | ground truth | prediction | overlay to the PNG file `path`.
+
+    Raises:
+        ValueError: `rows` is empty.
+    """
+    if not rows:
+        raise ValueError("rows is empty, but a table of predictions needs at least one.")
+    figure = Figure(
+        figsize=(9.2, 2.07 * len(rows) + 0.9),
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03),
+    )
+    figure.suptitle(title, fontsize=12)
+    grid = figure.subplots(len(rows), 4, squeeze=False)
+    for axes, heading in zip(
+        grid[0], ("image", "ground truth", "prediction", "overlay"), strict=True
+    ):
+        axes.set_title(heading, fontsize=11)
+    for line, row in zip(grid, rows, strict=True):
+        line[0].imshow(row.image)
+        line[1].imshow(row.truth > 0, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        line[2].imshow(row.prediction > 0, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        line[3].imshow(row.image)
+        _contour(line[3], row.truth, TRUTH, 3)
+        _contour(line[3], row.prediction, PREDICTION, 1.1)
+        line[0].set_ylabel(
+            f"{row.label}\nDice {row.dice:.3f}\n{row.name}",
+            rotation=0,
+            ha="right",
+            va="center",
+            labelpad=8,
+            fontsize=9,
+        )
+        for axes in line:
+            axes.set(xticks=[], yticks=[])
+    outlines = (("ground truth", TRUTH, 3), ("prediction", PREDICTION, 1.1))
+    figure.legend(
+        handles=[
+            Line2D([], [], color=colour, linewidth=width, label=label)
+            for label, colour, width in outlines
+        ],
+        loc="outside lower right",
+        ncols=2,
+        facecolor="0.3",
+        labelcolor="white",
+        fontsize=9,
+    )
+    _save(figure, path)
+
+
+def replace_file(path: Path, contents: bytes) -> None:
+    """Write a file so that `path` never holds part of it; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(contents)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _series(
+    metrics_lines: list[dict[str, Any]], split: str, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, values and epochs of one quantity of one split."""
+    lines = [
+        (line["step"], line["values"][name], line["epoch"])
+        for line in metrics_lines
+        if line["split"] == split and name in line["values"]
+    ]
+    steps, values, epochs = np.array(lines, dtype=np.float64).reshape(-1, 3).T
+    return steps, values, epochs
+
+
+def _plot(axes: Axes, x: Any, y: Any, colour: str, label: str) -> None:
+    """A line with a dot at each value, where there are few enough to tell apart."""
+    if len(x):
+        marker = "o" if len(x) <= 25 else None
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
+
+
+def _contour(axes: Axes, mask: np.ndarray, colour: str, width: float) -> None:
+    """The mask's outline, closed where it touches the border; none for an empty mask."""
+    if mask.any():
+        framed = np.pad((mask > 0).astype(np.float32), 1)
+        rows, columns = (np.arange(-1, side + 1) for side in mask.shape)
+        drawn = axes.contour(
+            columns, rows, framed, [0.5], colors=colour, linewidths=width, zorder=3
+        )
+        drawn.set_clip_on(False)  # a line along the border lies half outside
+        axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))
+
+
+def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    replace_file(path, buffer.getvalue())

@@ -1,0 +1,117 @@
+"""Losses for binary masks: from logits and a 0/1 mask to one value for each example.
+
+A value an example, not one a batch, makes weighting exact and keeps sharding from changing
+what is computed. segmentation_models_pytorch (SMP) pools its overlap losses over the batch
+instead: the two agree for one example, and SMP's per-image options agree always.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+Logits = Float[Array, "batch height width 1"]
+Mask = Float[Array, "batch height width 1"]
+PerExample = Float[Array, " batch"]
+LossFn = Callable[[Logits, Mask], PerExample]
+
+_PIXELS = (1, 2, 3)
+
+
+def lesion_logits(
+    logits: Float[Array, "batch height width classes"],
+) -> Float[Array, "batch height width 1"]:
+    """One logit a pixel from one or two: a softmax over two is the sigmoid of their difference."""
+    return logits if logits.shape[-1] == 1 else logits[..., 1:2] - logits[..., 0:1]
+
+
+def bce(logits: Logits, mask: Mask) -> PerExample:
+    """Binary cross-entropy from logits, mean over pixels (`torch.nn.BCEWithLogitsLoss`)."""
+    return optax.sigmoid_binary_cross_entropy(logits, mask).mean(_PIXELS)
+
+
+def _overlap(logits: Logits, mask: Mask) -> tuple[PerExample, PerExample, PerExample]:
+    """Soft true positives, false positives and false negatives."""
+    probability = jax.nn.sigmoid(logits)
+    hit = jnp.sum(probability * mask, _PIXELS)
+    return (
+        hit,
+        jnp.sum(probability * (1 - mask), _PIXELS),
+        jnp.sum((1 - probability) * mask, _PIXELS),
+    )
+
+
+def tversky(
+    logits: Logits, mask: Mask, alpha: float = 0.3, beta: float = 0.7, smooth: float = 1.0
+) -> PerExample:
+    """`1 - (TP + s) / (TP + alpha FP + beta FN + s)` (Salehi et al. 2017, arXiv:1706.05721).
+
+    `beta > alpha` weighs missed lesion more. SMP's `TverskyLoss` has alpha = beta = 0.5 and
+    s = 0 by default, and scores an empty mask 0.
+    """
+    hit, false_positive, false_negative = _overlap(logits, mask)
+    return 1 - (hit + smooth) / (hit + alpha * false_positive + beta * false_negative + smooth)
+
+
+def dice(logits: Logits, mask: Mask, smooth: float = 1.0) -> PerExample:
+    """Soft Dice: `1 - (2 TP + s) / (2 TP + FP + FN + s)` (Milletari et al. 2016).
+
+    Sums of probabilities, not of their squares, as in SMP's `DiceLoss`, whose default is
+    s = 0 and which scores an empty mask 0; s = 1 keeps a gradient there.
+    """
+    return tversky(logits, mask, 0.5, 0.5, smooth / 2)
+
+
+def jaccard(logits: Logits, mask: Mask, smooth: float = 1.0) -> PerExample:
+    """Soft Jaccard: `1 - (TP + s) / (TP + FP + FN + s)`; SMP's `JaccardLoss` has s = 0."""
+    return tversky(logits, mask, 1.0, 1.0, smooth)
+
+
+def bce_dice(logits: Logits, mask: Mask) -> PerExample:
+    """Binary cross-entropy plus soft Dice."""
+    return bce(logits, mask) + dice(logits, mask)
+
+
+def focal(
+    logits: Logits, mask: Mask, alpha: float | None = None, gamma: float = 2.0
+) -> PerExample:
+    """`-(1 - p_t)^gamma log p_t`, mean over pixels (Lin et al. 2017, arXiv:1708.02002).
+
+    As SMP's `FocalLoss` and, with `alpha`, torchvision's `sigmoid_focal_loss`.
+    """
+    losses = optax.sigmoid_focal_loss(logits, mask, alpha, gamma)
+    return losses.mean(_PIXELS)
+
+
+def lovasz(logits: Logits, mask: Mask) -> PerExample:
+    """Lovász hinge for each image (Berman et al. 2018, arXiv:1705.08790, algorithm 1).
+
+    The convex extension of the Jaccard loss; SMP's `LovaszLoss("binary", per_image=True)`.
+    """
+
+    def one(logit: Float[Array, " pixels"], truth: Float[Array, " pixels"]) -> Float[Array, ""]:
+        errors = 1 - logit * (2 * truth - 1)
+        order = jnp.argsort(-errors)
+        sorted_truth = truth[order]
+        total = sorted_truth.sum()
+        intersection = total - jnp.cumsum(sorted_truth)
+        union = total + jnp.cumsum(1 - sorted_truth)
+        loss = 1 - intersection / union
+        gradient = jnp.diff(loss, prepend=0.0)
+        return jnp.dot(jax.nn.relu(errors[order]), jax.lax.stop_gradient(gradient))
+
+    batch = len(logits)
+    return jax.vmap(one)(logits.reshape(batch, -1), mask.reshape(batch, -1))
+
+
+LOSSES: dict[str, LossFn] = {
+    "bce": bce,
+    "dice": dice,
+    "bce_dice": bce_dice,
+    "jaccard": jaccard,
+    "focal": focal,
+    "tversky": tversky,
+    "lovasz": lovasz,
+}

@@ -1,0 +1,155 @@
+"""How a step is spread over devices: `pmap`, or `jit` of `shard_map` over a mesh.
+
+Both take a step written for one shard with the named axis `AXIS`, replicate its first
+argument and split its second. Neither changes what is computed. Every array a strategy is
+given or gives back on the host is this process's part: the whole for replicated values,
+its own rows for split ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxunet.errors import ConfigError
+from jaxunet.steps import AXIS
+
+Step = Callable[[Any, Any], Any]
+Outputs = Literal["replicated", "split"]
+
+
+class Strategy(Protocol):
+    """A way to run steps on several devices."""
+
+    def replicate(self, tree: Any) -> Any:
+        """Copy host arrays to every device; never aliases them."""
+        ...
+
+    def split(self, batch: Any) -> Any:
+        """Place this process's rows of a global batch on its devices."""
+        ...
+
+    def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
+        """A compiled `step(replicated, split)`; `donate` gives it the first one's memory."""
+        ...
+
+    def fetch(self, tree: Any) -> Any:
+        """Replicated outputs as NumPy arrays of their own memory."""
+        ...
+
+    def gather(self, tree: Any) -> Any:
+        """This process's rows of split outputs, as NumPy arrays."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pmap:
+    """`jax.pmap`: arrays carry a leading axis of devices."""
+
+    devices: Sequence[jax.Device]
+
+    @property
+    def _local(self) -> list[jax.Device]:
+        return [d for d in self.devices if d.process_index == jax.process_index()]
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(Mesh(self._local, (AXIS,)), PartitionSpec(AXIS))
+        return jax.device_put(array, sharding, may_alias=False)
+
+    def replicate(self, tree: Any) -> Any:
+        count = len(self._local)
+        return jax.tree.map(
+            lambda x: self._put(np.broadcast_to(np.asarray(x), (count, *np.shape(x)))), tree
+        )
+
+    def split(self, batch: Any) -> Any:
+        count = len(self._local)
+        return jax.tree.map(
+            lambda x: self._put(x.reshape(count, len(x) // count, *x.shape[1:])), batch
+        )
+
+    def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
+        del outputs  # the leading axis carries both kinds
+        return jax.pmap(
+            step, AXIS, devices=self.devices, donate_argnums=(0,) if donate else ()
+        )
+
+    def fetch(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)
+
+    def gather(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
+
+
+@dataclass(frozen=True)
+class ShardMap:
+    """`jax.jit` of `jax.shard_map` over a one-dimensional mesh."""
+
+    devices: Sequence[jax.Device]
+
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.asarray(self.devices), (AXIS,))
+
+    def replicate(self, tree: Any) -> Any:
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.device_put(np.asarray(x), sharding, may_alias=False), tree
+        )
+
+    def split(self, batch: Any) -> Any:
+        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+        )
+
+    def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
+        # check_vma would insert the sum over devices into the gradient by itself, which
+        # pmap does not; without it, one step serves both.
+        mapped = jax.shard_map(
+            step,
+            mesh=self._mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            out_specs=PartitionSpec() if outputs == "replicated" else PartitionSpec(AXIS),
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+
+    def fetch(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data), tree)
+
+    def gather(self, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: np.concatenate([s.data for s in _in_order(x.addressable_shards)]), tree
+        )
+
+
+def _in_order(shards: Sequence[Any]) -> list[Any]:
+    return sorted(shards, key=lambda shard: shard.index[0].start or 0)
+
+
+STRATEGIES: dict[str, Callable[[Sequence[jax.Device]], Strategy]] = {
+    "pmap": Pmap,
+    "jit": ShardMap,
+}
+
+
+def make_strategy(
+    name: Literal["pmap", "jit"], devices: Sequence[jax.Device] | None = None
+) -> Strategy:
+    """The strategy `name` over `devices` (none: all)."""
+    return STRATEGIES[name](jax.devices() if devices is None else devices)
+
+
+def check_divisible(name: str, batch_size: int, devices: int) -> None:
+    """Raise `ConfigError` unless the devices divide the global batch evenly."""
+    if batch_size % devices:
+        low = batch_size - batch_size % devices
+        near = [str(n) for n in (low, low + devices) if n]
+        raise ConfigError(
+            f"{name} is {batch_size}, which the {devices} devices do not divide evenly; "
+            f"use {' or '.join(near)}, or fewer devices."
+        )

@@ -1,0 +1,76 @@
+"""A trained model, taken from a run directory, ready to be evaluated or to predict."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jaxunet.checkpoint import Checkpoints, Which
+from jaxunet.config import Config
+from jaxunet.parallel import Strategy
+from jaxunet.run import load_config
+from jaxunet.steps import Recipe, init_state, make_recipe, predict_step
+
+Probabilities = Callable[
+    [UInt8[np.ndarray, "batch height width 3"]], Float[np.ndarray, "batch height width 1"]
+]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Weights of one checkpoint with the configuration that they belong to.
+
+    Attributes:
+        variables: host arrays to apply the model with (averaged weights where there are any).
+        step, epoch: how long it was trained.
+    """
+
+    config: Config
+    recipe: Recipe
+    variables: Any
+    step: int
+    epoch: int
+
+
+def load(run: Path, which: Which = "latest") -> TrainedModel:
+    """The latest or the best checkpoint of `run`.
+
+    Raises:
+        RunError: `run` is no run directory or has no checkpoint that fits its configuration.
+    """
+    config = load_config(run)
+    recipe = make_recipe(config, total_steps=_SCHEDULE_IS_IRRELEVANT)
+    checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric)
+    try:
+        like = jax.eval_shape(partial(init_state, recipe))
+        step = checkpoints.step_of(which)
+        state, progress = checkpoints.restore(step, like)
+    finally:
+        checkpoints.close()
+    return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
+
+
+_SCHEDULE_IS_IRRELEVANT = 2**31 - 1
+
+
+def compile_probabilities(
+    strategy: Strategy, recipe: Recipe, host_variables: Any
+) -> Probabilities:
+    """A function from uint8 images to probabilities, over the devices of `strategy`.
+
+    Images must come in batches that the devices divide; each new shape is compiled once.
+    """
+    step = strategy.compile(partial(predict_step, recipe), outputs="split")
+    variables = strategy.replicate(host_variables)
+
+    def probabilities(
+        images: UInt8[np.ndarray, "batch height width 3"],
+    ) -> Float[np.ndarray, "batch height width 1"]:
+        return strategy.gather(step(variables, strategy.split(images)))
+
+    return probabilities

@@ -1,0 +1,364 @@
+"""The training loop: joins the pure steps with data, devices, checkpoints and logs."""
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxunet.checkpoint import Checkpoints
+from jaxunet.config import Config, to_dict
+from jaxunet.data.order import Order
+from jaxunet.data.pipeline import Batches, InMemory, make_batches
+from jaxunet.data.prepare import Prepared
+from jaxunet.errors import RunError
+from jaxunet.evaluation import Evaluation, evaluate, report
+from jaxunet.optim import make_schedule
+from jaxunet.parallel import Strategy, check_divisible, make_strategy
+from jaxunet.reporting import write_figures
+from jaxunet.run import MetricsLog, RunDirectory, write_json
+from jaxunet.steps import TrainState, eval_step, init_state, make_recipe, train_step
+from jaxunet.trained import compile_probabilities
+
+STEPS_IN_FLIGHT = 2  # dispatched before the loop waits for the oldest one's loss
+
+
+class Stopped(RunError):
+    """The run was asked to stop, has saved, and can be resumed; `signal` says by what."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside the state: what a checkpoint's JSON holds."""
+
+    loader: dict[str, Any] = field(default_factory=lambda: {"next_batch": 0})
+    epoch_loss: float = 0.0  # summed over the examples of the epoch so far
+    epoch_examples: float = 0.0
+    evaluated_epochs: int = 0
+    lines: int = 0  # of metrics.jsonl
+    seconds: float = 0.0  # of training and evaluation, over all restarts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves: the final state on the host, summary.json, pictures."""
+
+    state: TrainState
+    summary: dict[str, Any]
+    pictures: list[Path]
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that receives SIGTERM or SIGINT; a second one kills at once, as usual."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run of training in one run directory."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Prepared,
+        run: RunDirectory,
+        *,
+        parallel: Literal["pmap", "jit"] = "pmap",
+        show_progress: bool = True,
+    ):
+        devices = len(jax.devices())
+        check_divisible("train.batch_size", config.train.batch_size, devices)
+        check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
+        self.config, self.data, self.run = config, data, run
+        self.show_progress = show_progress
+        self.train_source = data.source(config.data.train_split)
+        self.validation_source = data.source(config.data.validation_split)
+        if config.data.cache == "host":
+            size = config.data.image_size
+            self.train_source = InMemory(self.train_source, size)
+            self.validation_source = InMemory(self.validation_source, size)
+        self.order = Order(
+            len(self.train_source),
+            config.train.batch_size,
+            config.train.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        self.total_steps = self.order.batches_per_epoch * config.train.epochs
+        self.recipe = make_recipe(config, self.total_steps)
+        self.schedule = make_schedule(
+            config.optimizer, max(1, self.total_steps // config.optimizer.accumulate_steps)
+        )
+        self.strategy: Strategy = make_strategy(parallel)
+        self.train_step = self.strategy.compile(
+            partial(train_step, self.recipe), outputs="replicated", donate=True
+        )
+        self.eval_step = self.strategy.compile(
+            partial(eval_step, self.recipe), outputs="replicated"
+        )
+        self.batches: Batches = make_batches(
+            self.train_source, config.data, self.order, self.total_steps
+        )
+        self.progress = Progress()
+        self.first_step = 0
+
+    def train(self) -> Outcome:
+        """Train to the last epoch, from the latest checkpoint if there is one.
+
+        Raises:
+            Stopped: a signal came; the state is saved.
+            RunError: the loss is not finite, or the checkpoints don't fit.
+        """
+        self.checkpoints = Checkpoints(
+            self.run.path / "checkpoints", self.config.train.best_metric
+        )
+        try:
+            state = self._restore()
+            self.run.write_config(self._dataset(self.config.data.train_split))
+            self.log = MetricsLog(
+                self.run.path, keep_lines=self.progress.lines, step=self.first_step
+            )
+            try:
+                with stop_requests() as self.stop:
+                    return self._loop(state)
+            finally:
+                self.log.close()
+        finally:
+            self.checkpoints.close()
+
+    def _restore(self) -> Any:
+        host = jax.tree.map(np.asarray, jax.jit(partial(init_state, self.recipe))())
+        if self.checkpoints.steps():
+            step = self.checkpoints.step_of("latest")
+            host, progress = self.checkpoints.restore(step, host)
+            progress.pop("config")
+            self.progress = Progress(**progress)
+            self.batches.set_state(self.progress.loader)
+            self.first_step = step
+            if step > self.total_steps:
+                raise RunError(
+                    f"The run has done {step} steps, but train.epochs "
+                    f"{self.config.train.epochs} is only {self.total_steps}; ask for more."
+                )
+        return self.strategy.replicate(host)
+
+    def _loop(self, state: Any) -> Outcome:
+        self._clock = time.perf_counter()
+        per_epoch = self.order.batches_per_epoch
+        evaluation: Evaluation | None = None
+        step = self.first_step
+        self._losses: deque[tuple[int, Any]] = deque()
+        while self.progress.evaluated_epochs < self.config.train.epochs:
+            epoch = self.progress.evaluated_epochs
+            last = (epoch + 1) * per_epoch
+            bar = tqdm(
+                total=per_epoch,
+                initial=per_epoch - (last - step),
+                desc=f"epoch {epoch + 1}/{self.config.train.epochs}",
+                unit="step",
+                disable=not self.show_progress,
+                leave=False,
+            )
+            with bar:
+                while step < last:
+                    batch = self.strategy.split(next(self.batches))
+                    state, metrics = self.train_step(state, batch)
+                    step += 1
+                    self._losses.append((step, metrics))
+                    self._collect(STEPS_IN_FLIGHT, bar)
+                    bar.update()
+                    every = self.config.train.checkpoint_every
+                    if self.stop or (every and step % every == 0 and step < last):
+                        self._collect(0, bar)
+                        self._save(state)
+                    self._raise_if_stopped(step)
+                self._collect(0, bar)
+            evaluation = self._evaluate(state, epoch, step)
+            self._raise_if_stopped(step)
+        if evaluation is None:  # resumed after the last epoch was already evaluated
+            evaluation = self._run_eval_step(state)
+        summary = self._finish(evaluation, step)
+        host = self.strategy.fetch(state)
+        pictures = self._draw(host, evaluation)
+        return Outcome(host, summary, pictures)
+
+    def _collect(self, keep: int, bar: Any) -> None:
+        """Take in the metrics of all but the latest `keep` steps."""
+        while len(self._losses) > keep:
+            step, metrics = self._losses.popleft()
+            values = {name: float(x) for name, x in self.strategy.fetch(metrics).items()}
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                saved = self.checkpoints.steps()
+                good = f"step {saved[-1]}" if saved else "none yet"
+                raise RunError(
+                    f"The loss or its gradient is not finite at step {step} (loss "
+                    f"{values['loss']}, gradient norm {values['grad_norm']}). Last good "
+                    f"checkpoint: {good}, in {self.checkpoints.directory}. Try a lower "
+                    "--optimizer.learning-rate or --optimizer.clip-norm 1."
+                )
+            self.progress.epoch_loss += values["loss"] * values["examples"]
+            self.progress.epoch_examples += values["examples"]
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            if step % self.config.train.log_every == 0:
+                updates = (step - 1) // self.config.optimizer.accumulate_steps
+                self._write(
+                    step,
+                    (step - 1) // self.order.batches_per_epoch + 1,
+                    "train",
+                    {
+                        "loss": values["loss"],
+                        "grad_norm": values["grad_norm"],
+                        "learning_rate": float(self.schedule(updates)),
+                    },
+                )
+
+    def _write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
+        self.log.write(
+            step=step, epoch=epoch, split=split, values=values, seconds=self._seconds()
+        )
+        self.progress.lines += 1
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.perf_counter() - self._clock
+
+    def _save(self, state: Any, metrics: dict[str, float] | None = None) -> None:
+        seconds = self._seconds()
+        self.progress.seconds, self._clock = seconds, time.perf_counter()
+        self.progress.loader = self.batches.get_state()
+        record = {**vars(self.progress), "config": to_dict(self.config)}
+        self.checkpoints.save(self.strategy.fetch(state), record, metrics)
+
+    def _raise_if_stopped(self, step: int) -> None:
+        if self.stop:
+            self.checkpoints.wait()
+            name = signal.Signals(self.stop[0]).name
+            raise Stopped(
+                f"Stopped by {name} after step {step} of {self.total_steps}, which is saved. "
+                f"Go on with the same command and --resume --out {self.run.path}.",
+                self.stop[0],
+            )
+
+    def _run_eval_step(
+        self, state: Any, check_stop: Callable[[], None] = lambda: None
+    ) -> Evaluation:
+        return evaluate(
+            self.strategy,
+            self.eval_step,
+            state.variables,
+            self.validation_source,
+            self.config,
+            progress=self.show_progress,
+            check_stop=check_stop,
+        )
+
+    def _evaluate(self, state: Any, epoch: int, step: int) -> Evaluation:
+        def check_stop() -> None:
+            if self.stop:
+                self._save(state)
+                self._raise_if_stopped(step)
+
+        evaluation = self._run_eval_step(state, check_stop)
+        train_loss = self.progress.epoch_loss / self.progress.epoch_examples
+        per_image = evaluation.scores["per_image"]
+        self._write(step, epoch + 1, "validation", {"loss": evaluation.loss, **per_image})
+        self._write(step, epoch + 1, "train", {"epoch_mean_loss": train_loss})
+        self.progress.epoch_loss = self.progress.epoch_examples = 0.0
+        self.progress.evaluated_epochs = epoch + 1
+        self._save(state, per_image)
+        if self.show_progress:
+            tqdm.write(
+                f"epoch {epoch + 1}/{self.config.train.epochs}  step {step}  "
+                f"train loss {train_loss:.4f}  validation loss {evaluation.loss:.4f}  "
+                f"Dice {per_image['dice']:.4f}  IoU {per_image['iou']:.4f}  "
+                f"{self._seconds():.0f} s"
+            )
+        return evaluation
+
+    def _dataset(self, split: str) -> dict[str, Any]:
+        return describe_split(self.data, split, self.config.data.image_size)
+
+    def _finish(self, evaluation: Evaluation, step: int) -> dict[str, Any]:
+        self.checkpoints.wait()
+        seconds = self._seconds()
+        summary = report(
+            evaluation,
+            dataset=self._dataset(self.config.data.validation_split),
+            step=step,
+            epoch=self.config.train.epochs,
+            wall_seconds=seconds,
+            images_per_second=len(self.train_source) * self.config.train.epochs / seconds,
+        )
+        summary["best"] = {
+            "metric": self.config.train.best_metric,
+            "step": self.checkpoints.step_of("best"),
+        }
+        write_json(self.run.path / "summary.json", summary)
+        return summary
+
+
+    def _draw(self, state: TrainState, evaluation: Evaluation) -> list[Path]:
+        dataset = self._dataset(self.config.data.validation_split)
+        return write_figures(
+            self.run.path,
+            compile_probabilities(self.strategy, self.recipe, state.variables),
+            evaluation.counts,
+            self.validation_source,
+            image_size=self.config.data.image_size,
+            batch_size=self.config.train.eval_batch_size,
+            threshold=self.config.train.threshold,
+            title=f"{dataset['name']} {dataset['split']}, after {self.config.train.epochs} "
+            f"epochs: mean Dice {evaluation.scores['per_image']['dice']:.3f}",
+        )
+
+
+def describe_split(data: Prepared, split: str, image_size: int) -> dict[str, Any]:
+    """What was scored or trained on, for the record."""
+    return {
+        "name": data.name,
+        "split": split,
+        "count": data.count(split),
+        "official_count": data.official_count(split),
+        "image_size": image_size,
+        "fingerprint": data.fingerprint,
+    }
+
+
+def train(
+    config: Config,
+    data: Prepared,
+    out: Path,
+    *,
+    resume: bool = False,
+    parallel: Literal["pmap", "jit"] = "pmap",
+    show_progress: bool = True,
+) -> Outcome:
+    """Train `config` on `data` in the run directory `out`; see `Trainer.train`."""
+    with RunDirectory(out, config, resume=resume) as run:
+        trainer = Trainer(config, data, run, parallel=parallel, show_progress=show_progress)
+        return trainer.train()

@@ -1,0 +1,153 @@
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxunet.data.images import (
+    MAX_PIXELS,
+    encode_png,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+)
+from jaxunet.errors import DataError
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def header_only_png(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels: decoding it would fail."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data))
+            + kind
+            + data
+            + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+RED_OVER_BLUE = np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8)
+
+
+def test_greyscale_becomes_three_equal_channels() -> None:
+    grey = np.array([[0, 100], [200, 255]], np.uint8)
+    expected = np.stack([grey] * 3, axis=-1)
+    assert np.array_equal(read_image(saved(Image.fromarray(grey))), expected)
+
+
+def test_sixteen_bit_image_is_scaled_rather_than_clipped() -> None:
+    sixteen = np.array([[0, 257 * 100, 65535]], np.uint16)
+    expected = np.repeat(np.array([[0, 100, 255]], np.uint8)[:, :, None], 3, axis=2)
+    assert np.array_equal(read_image(saved(Image.fromarray(sixteen))), expected)
+
+
+def test_palette_alpha_and_cmyk_become_rgb() -> None:
+    colours = Image.fromarray(RED_OVER_BLUE)
+    palette = colours.convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(read_image(saved(palette)), RED_OVER_BLUE)
+    assert np.array_equal(read_image(saved(colours.convert("RGBA"))), RED_OVER_BLUE)
+    cmyk = Image.new("CMYK", (2, 2), (0, 255, 255, 0))
+    assert np.array_equal(read_image(saved(cmyk, "TIFF"))[0, 0], [255, 0, 0])
+
+
+def test_exif_orientation_turns_the_image_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the picture must turn clockwise
+    turned = read_image(saved(Image.fromarray(RED_OVER_BLUE), exif=exif.tobytes()))
+    assert np.array_equal(turned, [[[0, 0, 255], [255, 0, 0]]])
+
+
+def test_reads_from_a_path(tmp_path: Path) -> None:
+    Image.fromarray(RED_OVER_BLUE).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), RED_OVER_BLUE)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(DataError, match="400000000 pixels") as error:
+        read_image(header_only_png(20_000, 20_000))
+    assert f"{MAX_PIXELS:,}" in str(error.value)
+    with pytest.raises(DataError, match=r"9000 x 9000 = 81,000,000"):
+        read_image(header_only_png(9000, 9000))
+
+
+def test_the_largest_official_size_is_within_the_limit() -> None:
+    # Without pixels it can only fail in decoding, so the limit let it pass.
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_image(header_only_png(6748, 4499))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_truncated_image_is_an_error_that_names_the_file(tmp_path: Path, kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    contents = saved(Image.fromarray(noise), kind)
+    (tmp_path / "cut.img").write_bytes(contents[: len(contents) // 2])
+    with pytest.raises(DataError, match=r"cut\.img cannot be decoded"):
+        read_image(tmp_path / "cut.img")
+
+
+def test_what_is_no_image_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "notes.jpg").write_text("not an image")
+    with pytest.raises(DataError, match=r"notes\.jpg is not an image"):
+        read_image(tmp_path / "notes.jpg")
+    with pytest.raises(DataError, match=r"gone\.jpg does not exist"):
+        read_image(tmp_path / "gone.jpg")
+
+
+def test_mask_keeps_its_values_and_gains_a_channel() -> None:
+    mask = np.array([[0, 255], [255, 0]], np.uint8)
+    assert np.array_equal(read_mask(saved(Image.fromarray(mask))), mask[:, :, None])
+    assert np.array_equal(read_mask(saved(Image.fromarray(mask > 0))), mask[:, :, None])
+    palette = Image.fromarray(mask).convert("P")
+    assert np.array_equal(read_mask(saved(palette)), mask[:, :, None])
+
+
+def test_other_mask_values_are_named_or_binarized_above_127() -> None:
+    contents = saved(Image.fromarray(np.array([[0, 127, 128, 200]], np.uint8)))
+    with pytest.raises(DataError, match="holds the values 0, 127, 128, 200,"):
+        read_mask(contents)
+    assert read_mask(contents, binarize=True)[0, :, 0].tolist() == [0, 0, 255, 255]
+
+
+def test_a_mask_with_colours_is_refused() -> None:
+    with pytest.raises(DataError, match=r"'RGB' \(3 channels\)"):
+        read_mask(saved(Image.fromarray(RED_OVER_BLUE)), binarize=True)
+    palette = Image.fromarray(RED_OVER_BLUE).convert("P")
+    with pytest.raises(DataError, match="palette of colours"):
+        read_mask(saved(palette))
+
+
+def test_resizing_an_image_averages_what_it_covers() -> None:
+    # Antialiasing: a fine checkerboard becomes grey, where sampling would keep extremes.
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    small = resize_image(np.stack([board] * 3, axis=-1), 8, 16)
+    assert small.shape == (8, 16, 3)
+    assert np.abs(small.astype(int) - 127).max() <= 8
+
+
+def test_resizing_a_mask_adds_no_values() -> None:
+    mask = np.random.default_rng(0).choice([0, 255], (37, 53, 1)).astype(np.uint8)
+    small = resize_mask(mask, 16, 20)
+    assert small.shape == (16, 20, 1)
+    assert set(np.unique(small)) <= {0, 255}
+
+
+def test_png_is_lossless() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((5, 7, 3), (5, 7, 1)):
+        array = rng.integers(0, 256, shape).astype(np.uint8)
+        with Image.open(io.BytesIO(encode_png(array))) as image:
+            assert image.format == "PNG"
+            assert np.array_equal(np.array(image).reshape(shape), array)

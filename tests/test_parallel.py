@@ -1,0 +1,158 @@
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.errors import ConfigError
+from jaxunet.parallel import check_divisible, make_strategy
+from jaxunet.steps import eval_step, init_state, make_recipe, predict_step, train_step
+
+CONFIGS = {
+    "plain": Config(
+        data=DataConfig(image_size=16),
+        model=ModelConfig(width=4, depth=3, init="he"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    ),
+    "everything": Config(
+        data=DataConfig(image_size=16),
+        model=ModelConfig(width=4, depth=3, init="he", norm="batch", conv_bias=False),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=2,
+            clip_norm=1.0,
+            accumulate_steps=2,
+            ema_decay=0.9,
+        ),
+        train=TrainConfig(loss="bce_dice"),
+    ),
+}
+
+
+def batches(count: int, padded_last: int = 3):
+    """Global batches of 8; the last one's final `padded_last` examples are padding."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        weight = np.ones(8, np.uint8)
+        if i == count - 1:
+            weight[8 - padded_last :] = 0
+        made.append(
+            {
+                "image": rng.integers(0, 256, (8, 16, 16, 3), np.uint8),
+                "mask": rng.integers(0, 2, (8, 16, 16, 1), np.uint8) * 255,
+                "weight": weight,
+            }
+        )
+    return made
+
+
+def run(config: Config, parallel: str, devices: int):
+    recipe = make_recipe(config, total_steps=6)
+    strategy = make_strategy(parallel, jax.devices()[:devices])
+    step = strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
+    state = strategy.replicate(jax.jit(partial(init_state, recipe))())
+    losses = []
+    for batch in batches(6):
+        state, metrics = step(state, strategy.split(batch))
+        losses.append(strategy.fetch(metrics)["loss"])
+    host = strategy.fetch(state)
+    variables = strategy.replicate(host.variables)
+    evaluated = strategy.compile(partial(eval_step, recipe), outputs="replicated")
+    predicted = strategy.compile(partial(predict_step, recipe), outputs="split")
+    batch = batches(1)[0]
+    return {
+        "losses": np.array(losses),
+        "state": host,
+        "eval": strategy.fetch(evaluated(variables, strategy.split(batch))),
+        "probabilities": strategy.gather(predicted(variables, strategy.split(batch["image"]))),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: run(config, "jit", 1) for name, config in CONFIGS.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("parallel", "devices"), [("pmap", 1), ("pmap", 2), ("jit", 2), ("pmap", 8), ("jit", 8)]
+)
+def test_devices_and_strategy_change_no_number(name, parallel, devices, alone):
+    expected, found = alone[name], run(CONFIGS[name], parallel, devices)
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(found["state"]), jax.tree.leaves(expected["state"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(found["eval"]["loss"], expected["eval"]["loss"], rtol=1e-4)
+    assert found["eval"]["counts"].shape == (8, 4)
+    assert np.abs(found["eval"]["counts"] - expected["eval"]["counts"]).max() <= 1
+    np.testing.assert_allclose(
+        found["probabilities"], expected["probabilities"], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_four_devices_agree_too(alone):
+    found = run(CONFIGS["everything"], "jit", 4)
+    np.testing.assert_allclose(found["losses"], alone["everything"]["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+def test_the_state_given_to_a_step_is_donated(parallel):
+    config = CONFIGS["plain"]
+    recipe = make_recipe(config, total_steps=1)
+    strategy = make_strategy(parallel, jax.devices()[:2])
+    step = strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
+    host = jax.tree.map(np.asarray, init_state(recipe))
+    before = jax.tree.map(np.copy, host)
+    state = strategy.replicate(host)
+    step(state, strategy.split(batches(1)[0]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    # The host's own copy must not be written over by it.
+    for a, b in zip(jax.tree.leaves(host), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+def test_no_hidden_transfer_happens_in_a_step(parallel):
+    recipe = make_recipe(CONFIGS["plain"], total_steps=3)
+    strategy = make_strategy(parallel, jax.devices()[:2])
+    step = strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
+    state = strategy.replicate(init_state(recipe))
+    state, _ = step(state, strategy.split(batches(1)[0]))
+    with jax.transfer_guard("disallow"):
+        for batch in batches(2):
+            state, metrics = step(state, strategy.split(batch))
+            strategy.fetch(metrics)
+
+
+def test_padding_changes_neither_loss_nor_update():
+    """A batch of 5 real and 3 padding examples is a batch of 5."""
+    config = CONFIGS["everything"]
+    recipe = make_recipe(config, total_steps=1)
+    full = batches(1)[0]
+    one = make_strategy("jit", jax.devices()[:1])
+    garbage = {**full, "image": full["image"].copy()}
+    garbage["image"][5:] = 77
+    short = {name: array[:5] for name, array in full.items()}
+    results = []
+    for batch in (full, garbage, short):
+        step = one.compile(partial(train_step, recipe), outputs="replicated")
+        state, metrics = step(one.replicate(init_state(recipe)), one.split(batch))
+        results.append((one.fetch(state), one.fetch(metrics)))
+    for state, metrics in results[1:]:
+        np.testing.assert_allclose(metrics["loss"], results[0][1]["loss"], rtol=1e-5)
+        for a, b in zip(
+            jax.tree.leaves(state), jax.tree.leaves(results[0][0]), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_uneven_batch_is_refused_with_the_nearest_that_fit():
+    with pytest.raises(ConfigError, match=r"train.batch_size is 10.*8 devices.*8 or 16"):
+        check_divisible("train.batch_size", 10, 8)
+    check_divisible("train.batch_size", 16, 8)

@@ -1,0 +1,236 @@
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxunet.checkpoint import Checkpoints
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.data import prepare
+from jaxunet.errors import ConfigError, RunError
+from jaxunet.run import RunDirectory, load_config, read_metrics
+from jaxunet.training import Stopped, Trainer, train
+
+EPOCHS, STEPS_PER_EPOCH = 2, 3
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """20 training images in batches of 8: the last batch of an epoch is padded."""
+    return Config(
+        data=DataConfig(
+            image_size=16,
+            prepared_dir=tmp_path_factory.mktemp("prepared"),
+            synthetic_train=20,
+            synthetic_validation=9,
+        ),
+        model=ModelConfig(width=4, depth=3, init="he", norm="batch"),
+        optimizer=OptimizerConfig(learning_rate=1e-2, ema_decay=0.9, accumulate_steps=2),
+        train=TrainConfig(
+            epochs=EPOCHS, batch_size=8, eval_batch_size=8, log_every=1, checkpoint_every=2
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(config):
+    return prepare(config.data, progress=False)
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, data, tmp_path_factory):
+    """Runs that were left alone, by strategy."""
+    runs = {}
+    for parallel in ("pmap", "jit"):
+        out = tmp_path_factory.mktemp("unbroken") / parallel
+        runs[parallel] = out, train(config, data, out, parallel=parallel, show_progress=False)
+    return runs
+
+
+def lines(run: Path) -> list[dict]:
+    """What metrics.jsonl says, without the time it took."""
+    return [
+        {k: v for k, v in line.items() if k != "wall_seconds"}
+        for line in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def assert_same_state(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class StopAfter:
+    """Batches that ask the process to stop while giving out number `count`."""
+
+    def __init__(self, batches, count):
+        self.batches, self.left = batches, count
+
+    def __next__(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self.batches)
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
+def train_until(steps, config, data, out, parallel="pmap"):
+    with RunDirectory(out, config, resume=True) as run:
+        trainer = Trainer(config, data, run, parallel=parallel, show_progress=False)
+        trainer.batches = StopAfter(trainer.batches, steps)
+        with pytest.raises(Stopped, match=f"after step {steps} of 6.*--resume"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6])
+def test_a_run_stopped_anywhere_and_resumed_ends_bit_identical(
+    steps, parallel, config, data, unbroken, tmp_path
+):
+    expected_run, expected = unbroken[parallel]
+    train_until(steps, config, data, tmp_path / "run", parallel)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    found = train(
+        config, data, tmp_path / "run", resume=True, parallel=parallel, show_progress=False
+    )
+    assert int(found.state.step) == 6
+    assert_same_state(found.state, expected.state)
+    assert lines(tmp_path / "run") == lines(expected_run)
+    assert found.summary["scores"] == expected.summary["scores"]
+
+
+def test_a_run_with_worker_processes_resumes_bit_identical(config, data, unbroken, tmp_path):
+    config = replace(config, data=replace(config.data, workers=2))
+    train_until(2, config, data, tmp_path / "run")
+    found = train(config, data, tmp_path / "run", resume=True, show_progress=False)
+    expected_run, expected = unbroken["pmap"]
+    assert_same_state(found.state, expected.state)
+    assert lines(tmp_path / "run") == lines(expected_run)
+
+
+def test_a_stop_during_evaluation_is_saved_and_resumed(
+    config, data, unbroken, tmp_path, monkeypatch
+):
+    import jaxunet.training as training
+
+    real = training.evaluate
+
+    def stopping(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "evaluate", stopping)
+    with pytest.raises(Stopped, match="SIGINT after step 3"):
+        train(config, data, tmp_path / "run", show_progress=False)
+    monkeypatch.undo()
+    found = train(config, data, tmp_path / "run", resume=True, show_progress=False)
+    assert_same_state(found.state, unbroken["pmap"][1].state)
+    assert lines(tmp_path / "run") == lines(unbroken["pmap"][0])
+
+
+def test_a_finished_run_can_be_extended_and_equals_a_longer_one(config, data, tmp_path):
+    longer = replace(config, train=replace(config.train, epochs=3))
+    expected = train(longer, data, tmp_path / "long", show_progress=False)
+    train(config, data, tmp_path / "short", show_progress=False)
+    found = train(longer, data, tmp_path / "short", resume=True, show_progress=False)
+    assert_same_state(found.state, expected.state)
+    assert lines(tmp_path / "short") == lines(tmp_path / "long")
+    with pytest.raises(RunError, match="9 steps"):
+        train(config, data, tmp_path / "short", resume=True, show_progress=False)
+
+
+def test_the_run_directory_holds_what_the_contract_says(config, data, unbroken):
+    out, outcome = unbroken["pmap"]
+    for name in ("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"):
+        assert (out / name).exists()
+    assert {p.name for p in (out / "figures").iterdir()} == {"curves.png", "predictions.png"}
+    assert load_config(out) == config
+    record = json.loads((out / "config.json").read_text())
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["devices"]["count"] == 8
+    assert record["dataset"]["count"] == 20
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == outcome.summary
+    assert summary["dataset"].items() >= {
+        "name": "synthetic",
+        "split": "validation",
+        "count": 9,
+        "official_count": None,
+        "image_size": 16,
+    }.items()
+    assert set(summary["scores"]) == {"per_image", "batch_of_4", "pooled"}
+    assert summary["step"] == 6
+    assert summary["epoch"] == 2
+    splits = [(line["step"], line["split"]) for line in lines(out)]
+    assert splits.count((3, "validation")) == splits.count((6, "validation")) == 1
+    assert [step for step, split in splits if split == "train"] == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_checkpoints_keep_the_latest_two_and_the_best(config, data, unbroken):
+    out, outcome = unbroken["pmap"]
+    checkpoints = Checkpoints(out / "checkpoints", "dice")
+    dice = {
+        line["step"]: line["values"]["dice"]
+        for line in lines(out)
+        if line["split"] == "validation"
+    }
+    best = max(dice, key=dice.get)
+    assert checkpoints.steps() == sorted({4, 6, best})
+    assert checkpoints.step_of("latest") == 6
+    assert checkpoints.step_of("best") == outcome.summary["best"]["step"] == best
+    checkpoints.close()
+
+
+def test_a_configuration_that_does_not_fit_is_refused_by_field(config, data, unbroken):
+    out, _ = unbroken["pmap"]
+    other = replace(
+        config,
+        model=replace(config.model, width=8),
+        train=replace(config.train, seed=5, epochs=9),
+    )
+    with pytest.raises(RunError, match=r"model.width: 4 -> 8; train.seed: 0 -> 5\."):
+        train(other, data, out, resume=True, show_progress=False)
+
+
+def test_a_run_directory_is_never_overwritten_in_silence(config, data, unbroken, tmp_path):
+    out, _ = unbroken["pmap"]
+    before = (out / "summary.json").read_bytes()
+    with pytest.raises(RunError, match="complete run.*--resume"):
+        train(config, data, out, show_progress=False)
+    assert (out / "summary.json").read_bytes() == before
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("words")
+    with pytest.raises(RunError, match="not empty and holds no run"):
+        train(config, data, tmp_path / "thesis", resume=True, show_progress=False)
+
+
+def test_a_directory_in_use_is_refused(config, tmp_path):
+    with (
+        RunDirectory(tmp_path, config, resume=False),
+        pytest.raises(RunError, match="in use by another run"),
+    ):
+        RunDirectory(tmp_path, config, resume=True)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(
+    config, data, tmp_path
+):
+    wild = replace(config, optimizer=OptimizerConfig(name="sgd", learning_rate=1e30))
+    with pytest.raises(RunError, match=r"not finite at step [23] .*Last good checkpoint"):
+        train(wild, data, tmp_path / "run", show_progress=False)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", "dice")
+    assert all(step < 2 for step in checkpoints.steps())
+    checkpoints.close()
+
+
+def test_an_edited_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"train": {"epochs": "many"}}}')
+    with pytest.raises(ConfigError, match="config.json.*train.epochs is 'many'"):
+        load_config(tmp_path)
