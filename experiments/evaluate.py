@@ -12,7 +12,8 @@ from command_line import parse, print_scores, run_script
 from jaxunet.data import prepare
 from jaxunet.evaluation import evaluate, report
 from jaxunet.parallel import check_divisible, make_strategy
-from jaxunet.run import command_line, environment, write_json
+from jaxunet.files import write_json
+from jaxunet.run import command_line, environment
 from jaxunet.steps import eval_step
 from jaxunet.trained import load
 from jaxunet.training import describe_split

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 Images = UInt8[Array, "batch height width 3"]
 Masks = UInt8[Array, "batch height width 1"]
@@ -14,8 +14,8 @@ def normalize(images: Images) -> Float[Array, "batch height width 3"]:
 
 
 def example_keys(
-    key: PRNGKeyArray, step: Int[Array, ""], places: Int[Array, " batch"]
-) -> PRNGKeyArray:
+    key: Key[Array, ""], step: Int[Array, ""], places: Int[Array, " batch"]
+) -> Key[Array, " batch"]:
     """One key for each example, from the step and the example's place in the global batch.
 
     The place, not the device, so that sharding never changes what is computed.
@@ -24,7 +24,9 @@ def example_keys(
     return jax.vmap(lambda place: jax.random.fold_in(step_key, place))(places)
 
 
-def random_flip(keys: PRNGKeyArray, images: Images, masks: Masks) -> tuple[Images, Masks]:
+def random_flip(
+    keys: Key[Array, " batch"], images: Images, masks: Masks
+) -> tuple[Images, Masks]:
     """Flip each image and its mask left to right with probability 0.5."""
     flip = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
     return (

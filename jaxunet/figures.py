@@ -5,7 +5,6 @@ pyplot's global state, so it needs no display and may be called from any thread.
 """
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+
+from jaxunet.files import write_atomically
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, told apart under every common colour blindness.
@@ -238,17 +239,6 @@ def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def replace_file(path: Path, contents: bytes) -> None:
-    """Write a file so that `path` never holds part of it; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(contents)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _series(
     metrics_lines: list[dict[str, Any]], split: str, name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -292,4 +282,4 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    replace_file(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

@@ -8,7 +8,7 @@ its own rows for split ones.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ Step = Callable[[Any, Any], Any]
 Outputs = Literal["replicated", "split"]
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """A way to run steps on several devices."""
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from jaxunet.data.images import encode_png, read_image, resize_image
 from jaxunet.errors import DataError
 from jaxunet.figures import overlay as draw_overlay
-from jaxunet.figures import replace_file
+from jaxunet.files import write_atomically
 
 ProbabilitiesFn = Callable[[np.ndarray], np.ndarray]
 """From images, uint8 `[batch, size, size, 3]`, to the probability of lesion for each pixel,
@@ -217,7 +217,7 @@ def zip_masks(folder: Path, path: Path) -> None:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for mask in masks:
             archive.write(mask, mask.name)
-    replace_file(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,9 @@ def _write(
         mask = clean_up(mask)
     if overlay:
         picture = draw_overlay(read_image(small.path), mask)
-        replace_file(out / f"{small.path.stem}{OVERLAY_SUFFIX}.png", encode_png(picture))
+        write_atomically(out / f"{small.path.stem}{OVERLAY_SUFFIX}.png", encode_png(picture))
     path = out / f"{small.path.stem}{MASK_SUFFIX}.png"
-    replace_file(path, encode_png(mask))
+    write_atomically(path, encode_png(mask))
     return path
 
 

@@ -22,6 +22,7 @@ import jax
 
 from jaxunet.config import Config, differences, from_dict, to_dict
 from jaxunet.errors import ConfigError, RunError
+from jaxunet.files import write_atomically, write_json
 
 # What may change between a run and its continuation: it alters no number already written.
 CONTINUABLE = (
@@ -33,24 +34,6 @@ CONTINUABLE = (
     "data.cache",
     "data.workers",
 )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either all of it or what it held before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

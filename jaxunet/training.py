@@ -26,7 +26,8 @@ from jaxunet.evaluation import Evaluation, evaluate, report
 from jaxunet.optim import make_schedule
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.reporting import write_figures
-from jaxunet.run import MetricsLog, RunDirectory, write_json
+from jaxunet.files import write_json
+from jaxunet.run import MetricsLog, RunDirectory
 from jaxunet.steps import TrainState, eval_step, init_state, make_recipe, train_step
 from jaxunet.trained import compile_probabilities
 

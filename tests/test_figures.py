@@ -184,19 +184,3 @@ def test_loss_curves_that_coincide_can_both_be_seen(tmp_path):
     plotted = picture[picture.shape[0] // 3 :]  # below the legend
     assert places(plotted, figures.SKY).sum() > 100
     assert places(plotted, VERMILLION).sum() > 100
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file"
-    figures.replace_file(path, b"before")
-
-    def full_disk(temporary, contents):
-        with temporary.open("wb") as file:
-            file.write(contents[:2])
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        figures.replace_file(path, b"after")
-    assert path.read_bytes() == b"before"
-    assert list(path.parent.iterdir()) == [path]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxunet.data.images import read_image, read_mask
 from jaxunet.data.sources import Pair, SourceFile
@@ -23,10 +24,9 @@ class Decoded:
 
     id: str
     image_file: bytes
-    image: np.ndarray
-    """uint8 `[height, width, 3]`."""
-    mask: np.ndarray
-    """uint8 `[height, width, 1]`, 0 or 255."""
+    image: UInt8[np.ndarray, "height width 3"]
+    mask: UInt8[np.ndarray, "height width 1"]
+    """0 or 255."""
 
 
 def check_pair(pair: Pair, *, binarize: bool = False) -> Decoded | list[str]:

@@ -10,6 +10,7 @@ gives the same picture at any size, up to noise.
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
 VERSION = 1
@@ -30,7 +31,9 @@ _PIGMENT = np.array(
 )  # fmt: skip
 
 
-def draw(seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    seed: int, split: str, index: int, size: int
+) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], UInt8[np.ndarray, "{size} {size} 1"]]:
     """Draw one picture and its mask.
 
     Args:

@@ -1,6 +1,6 @@
 """Image and mask files to uint8 arrays and back, with Pillow.
 
-Worker processes import this, so it needs NumPy and Pillow and nothing else.
+Worker processes import this, so it needs NumPy and Pillow and no framework.
 """
 
 import io
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from jaxunet.errors import DataError
@@ -24,7 +25,9 @@ decoding: a few kilobytes of PNG can claim gigabytes of pixels. The largest offi
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
-def read_image(source: bytes | Path, *, name: str | None = None) -> np.ndarray:
+def read_image(
+    source: bytes | Path, *, name: str | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
     """Decode an image file to uint8 RGB, `[height, width, 3]`.
 
     The EXIF orientation is applied. Greyscale, palette, CMYK and 16-bit images become
@@ -52,7 +55,7 @@ def read_image(source: bytes | Path, *, name: str | None = None) -> np.ndarray:
 
 def read_mask(
     source: bytes | Path, *, binarize: bool = False, name: str | None = None
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "height width 1"]:
     """Decode a mask file to uint8, `[height, width, 1]`, lesion 255 and background 0.
 
     Args:
@@ -89,19 +92,23 @@ def read_mask(
         return mask[:, :, np.newaxis]
 
 
-def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_image(
+    image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """Resize uint8 `[h, w, 3]` to `[height, width, 3]`: bilinear, antialiased."""
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return np.array(resized)
 
 
-def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_mask(
+    mask: UInt8[np.ndarray, "h w 1"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 1"]:
     """Resize uint8 `[h, w, 1]` to `[height, width, 1]`: nearest, so values are kept."""
     resized = Image.fromarray(mask[:, :, 0]).resize((width, height), Image.Resampling.NEAREST)
     return np.array(resized)[:, :, np.newaxis]
 
 
-def encode_png(array: np.ndarray) -> bytes:
+def encode_png(array: UInt8[np.ndarray, "..."]) -> bytes:
     """PNG file of a uint8 array: RGB `[h, w, 3]`, or grey `[h, w, 1]` or `[h, w]`."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]

@@ -8,6 +8,7 @@ from typing import Any, Literal, SupportsIndex, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from jaxtyping import UInt8
 
 from jaxunet.data.builder import features
 from jaxunet.data.images import read_image, read_mask
@@ -17,10 +18,9 @@ class Example(TypedDict):
     """One example as it is stored, at the size at which it is stored."""
 
     id: str
-    image: np.ndarray
-    """uint8 `[height, width, 3]`."""
-    mask: np.ndarray
-    """uint8 `[height, width, 1]`, 0 or 255."""
+    image: UInt8[np.ndarray, "height width 3"]
+    mask: UInt8[np.ndarray, "height width 1"]
+    """0 or 255."""
 
 
 class Records:

@@ -1,5 +1,6 @@
 """Small datasets on disk, made with Pillow and zipfile only."""
 
+import dataclasses
 import io
 import zipfile
 from collections.abc import Mapping
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from jaxunet.config import DataConfig
+from jaxunet.data import Prepared, prepare
 
 
 def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:
@@ -42,3 +46,13 @@ def isic_files(ids: list[int]) -> tuple[dict[str, bytes], dict[str, bytes]]:
     images = {f"ISIC_{i:07d}.jpg": encoded(picture(i), "JPEG") for i in ids}
     masks = {f"ISIC_{i:07d}_segmentation.png": encoded(half_mask()) for i in ids}
     return images, masks
+
+
+def quiet(config: DataConfig, **changes: object) -> Prepared:
+    return prepare(dataclasses.replace(config, **changes), progress=False)
+
+
+def datasets(config: DataConfig) -> list[Path]:
+    """Everything that looks like a dataset, whole or not, in the prepared folder."""
+    assert config.prepared_dir is not None
+    return sorted(config.prepared_dir.glob("*/*/*1.0.0"))
