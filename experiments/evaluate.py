@@ -9,6 +9,7 @@ import jax
 import tyro
 from command_line import parse, print_scores, run_script
 
+from jaxunet.config import to_dict
 from jaxunet.data import prepare
 from jaxunet.evaluation import evaluate, report
 from jaxunet.parallel import check_divisible, make_strategy
@@ -65,7 +66,8 @@ def main() -> None:
     print_scores(result)
     name = "".join(c if c.isalnum() else "-" for c in arguments.split).strip("-")
     path = arguments.run / f"evaluation-{name}.json"
-    write_json(path, {**result, "command": command_line(), **environment()})
+    record = {"config": to_dict(config), "command": command_line(), **environment()}
+    write_json(path, {**result, **record})
     print(f"Written: {path}")
 
 

@@ -50,7 +50,10 @@ def main() -> None:
     print_scores(outcome.summary)
     print(f"Pictures:   {', '.join(map(str, outcome.pictures))}")
     print(f"Checkpoint: {out / 'checkpoints' / str(outcome.summary['step'])}")
-    print(f"Next:       python experiments/evaluate.py {out} --split test")
+    if "test" in data.counts:
+        print(f"Next:       python experiments/evaluate.py {out} --split test")
+    else:
+        print(f"Next:       python experiments/predict.py {out} IMAGES --out {out / 'masks'}")
 
 
 if __name__ == "__main__":

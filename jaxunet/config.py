@@ -79,6 +79,14 @@ class DataConfig:
         if isinstance(self.stored_size, int):
             require_at_least("data.stored_size", self.stored_size, 1)
         require_at_least("data.workers", self.workers, 0)
+        require(
+            not (self.cache == "host" and self.workers),
+            "data.workers",
+            self.workers,
+            "0 with data.cache 'host', which reads in the main process",
+        )
+        require_at_least("data.synthetic_seed", self.synthetic_seed, 0)
+        require_at_least("data.folder_split_seed", self.folder_split_seed, 0)
         require_at_least("data.synthetic_train", self.synthetic_train, 1)
         require_at_least("data.synthetic_validation", self.synthetic_validation, 1)
         require(

@@ -50,7 +50,7 @@ def read_image(
                 f"{label} has pixels of type {image.mode!r} (32 bits), whose range is not "
                 "known. Save it with 8 or 16 bits per channel."
             )
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_mask(
@@ -131,7 +131,8 @@ def _decoded(source: bytes | Path, name: str | None) -> Iterator[tuple[Image.Ima
                     f"limit is {MAX_PIXELS:,}."
                 )
             image.load()
-            yield ImageOps.exif_transpose(image), label
+            ImageOps.exif_transpose(image, in_place=True)
+            yield image, label
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -3,6 +3,7 @@
 Both read the same files through the same `BatchReader`, so they yield the same arrays.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -62,18 +63,20 @@ class InMemory:
         # Prepared at the same size, the reader's own resize is the identity.
         self._examples: list[dict[str, Any] | None] = [None] * len(source)
         self._source, self._size = source, image_size
+        self._locks = [threading.Lock() for _ in range(len(source))]
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._examples[index]
-        if example is None:
-            example = dict(self._source[index])
-            example["image"] = resize_image(example["image"], self._size, self._size)
-            example["mask"] = resize_mask(example["mask"], self._size, self._size)
-            self._examples[index] = example
-        return example
+        with self._locks[index]:
+            example = self._examples[index]
+            if example is None:
+                example = dict(self._source[index])
+                example["image"] = resize_image(example["image"], self._size, self._size)
+                example["mask"] = resize_mask(example["mask"], self._size, self._size)
+                self._examples[index] = example
+            return example
 
 
 class Batches(Iterator[HostBatch]):
