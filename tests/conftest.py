@@ -1,16 +1,24 @@
 import os
 import sys
+import tempfile
 
 # Before JAX starts: eight simulated devices, so that sharding is tested everywhere.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+# Tests compile the same few programs again and again; a cache of this session's own.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxunet-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import atexit
+import shutil
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook("jaxunet", "typechecker.checked")
 
