@@ -48,10 +48,9 @@ def preset(name: str) -> Config:
 def print_scores(result: dict[str, Any]) -> None:
     """A table of every score under every protocol, headed by what was scored."""
     dataset = result["dataset"]
-    official = dataset["official_count"]
     count = f"{dataset['count']} images"
-    if official not in (None, dataset["count"]):
-        count += f", not the official {official}"
+    for split, counts in dataset["unofficial_splits"].items():
+        count += f"; not the official data: {split} has {counts}"
     table = Table(
         title=f"{dataset['name']} {dataset['split']} ({count}), {dataset['image_size']} px, "
         f"step {result['step']}",

@@ -81,7 +81,7 @@ def focal(
 
     As SMP's `FocalLoss` and, with `alpha`, torchvision's `sigmoid_focal_loss`.
     """
-    losses = optax.sigmoid_focal_loss(logits, mask, alpha, gamma)
+    losses = optax.sigmoid_focal_loss(logits, mask, alpha=alpha, gamma=gamma)
     return losses.mean(_PIXELS)
 
 

@@ -347,6 +347,11 @@ def describe_split(data: Prepared, split: str, image_size: int) -> dict[str, Any
         "official_count": data.official_count(split),
         "image_size": image_size,
         "fingerprint": data.fingerprint,
+        "unofficial_splits": {
+            name: f"{count} of {data.official_counts[name]}"
+            for name, count in data.counts.items()
+            if data.official_counts[name] not in (None, count)
+        },
     }
 
 

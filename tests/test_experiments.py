@@ -1,0 +1,189 @@
+"""The scripts as a person runs them: in a process of their own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxunet.run import read_metrics
+
+SCRIPTS = Path(__file__).parents[1] / "experiments"
+SMALL = (
+    "--data.image-size 16 --data.synthetic-train 24 --data.synthetic-validation 6 "
+    "--model.width 4 --model.depth 2 --train.epochs 2 --train.log-every 1 "
+    "--optimizer.warmup-steps 0"
+).split()
+
+
+def command(script: str, *words: object) -> list[str]:
+    return [sys.executable, str(SCRIPTS / script), *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": "", "COLUMNS": "100"}
+
+
+def run(script: str, *words: object, expect: int = 0) -> str:
+    done = subprocess.run(
+        command(script, *words), capture_output=True, text=True, env=environment()
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return "--data.prepared-dir", tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, prepared):
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    return out, run("train.py", *SMALL, *prepared, "--out", out)
+
+
+def test_train_shows_epochs_scores_and_where_everything_is(trained):
+    out, output = trained
+    for expected in (
+        r"epoch 1/2.*train loss.*Dice 0\.",
+        r"epoch 2/2",
+        r"per image",
+        r"batch of 4",
+        r"pooled",
+        r"predictions\.png",
+        rf"Checkpoint: {out}/checkpoints/6",
+        rf"Next: +python experiments/evaluate\.py {out} --split test",
+    ):
+        assert re.search(expected, output), f"{expected} not in {output}"
+    assert json.loads((out / "summary.json").read_text())["epoch"] == 2
+
+
+def test_evaluate_writes_its_scores_and_those_of_the_validation_are_trainings(trained):
+    out, _ = trained
+    assert "synthetic test (6 images)" in run("evaluate.py", out, "--split", "test")
+    run("evaluate.py", out, "--split", "validation", "--parallel", "jit")
+    found = json.loads((out / "evaluation-validation.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    assert found["scores"] == summary["scores"]
+    assert found["dataset"] == summary["dataset"]
+    assert (out / "evaluation-test.json").exists()
+
+
+def test_predict_writes_masks_at_each_pictures_size_and_reports_what_is_none(
+    trained, tmp_path
+):
+    out, _ = trained
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (30, 41, 3), np.uint8)).save(pictures / "a.jpg")
+    Image.fromarray(rng.integers(0, 256, (9, 7), np.uint8)).save(pictures / "b.png")
+    (pictures / "c.jpg").write_text("no picture")
+    output = run(
+        "predict.py", out, pictures, "--out", tmp_path / "masks", "--overlay", expect=1
+    )
+    assert "c.jpg" in output
+    sizes = {"a": (41, 30), "b": (7, 9)}
+    for name, size in sizes.items():
+        mask = Image.open(tmp_path / "masks" / f"{name}_segmentation.png")
+        assert (mask.size, mask.mode) == (size, "L")
+        assert set(np.unique(np.asarray(mask))) <= {0, 255}
+        assert (tmp_path / "masks" / f"{name}_overlay.png").exists()
+
+
+def test_a_killed_run_resumes_and_ends_like_one_left_alone(trained, prepared, tmp_path):
+    expected, _ = trained
+    words = [*SMALL, *prepared, "--out", tmp_path / "run", "--train.checkpoint-every", 1]
+    process = subprocess.Popen(
+        command("train.py", *words, "--resume"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    while not any((tmp_path / "run" / "checkpoints").glob("[0-9]*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    run("train.py", *words, "--resume")
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = json.loads((expected / "summary.json").read_text())
+    assert (found["scores"], found["loss"]) == (summary["scores"], summary["loss"])
+    values = [
+        [(line["step"], line["split"], line["values"]) for line in read_metrics(path)]
+        for path in (tmp_path / "run" / "metrics.jsonl", expected / "metrics.jsonl")
+    ]
+    assert values[0] == values[1]
+
+
+def test_a_complete_run_is_not_overwritten_but_extended_on_request(trained, prepared):
+    out, _ = trained
+    before = (out / "config.json").read_bytes()
+    assert "complete run" in run("train.py", *SMALL, *prepared, "--out", out, expect=1)
+    assert (out / "config.json").read_bytes() == before
+    output = run("train.py", "--out", out, "--resume", "--model.width", 8, expect=1)
+    assert "model.width: 4 -> 8" in output
+
+
+def test_prepare_reports_every_problem_at_once_and_leaves_nothing(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    grey = np.full((8, 8), 7, np.uint8)
+    for name in ("a", "b"):
+        Image.fromarray(np.dstack([grey] * 3)).save(tmp_path / "data" / "images" / f"{name}.png")
+    Image.fromarray(grey).save(tmp_path / "data" / "masks" / "a.png")
+    output = run(
+        "prepare_data.py",
+        "folder",
+        *("--data.dir", tmp_path / "data"),
+        *("--data.prepared-dir", tmp_path / "prepared"),
+        expect=1,
+    )
+    assert re.search(r"a\.png.*7", output)
+    assert "b.png" in output
+    assert not any(p.is_file() for p in (tmp_path / "prepared").rglob("*.array_record*"))
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("train.py", ["referense"], "no preset 'referense'; did you mean 'reference'"),
+        ("train.py", ["--train.epoch", "3"], "--train.epochs"),
+        ("train.py", ["--train.batch-size", "-1"], "train.batch_size is -1"),
+        ("train.py", ["--optimizer.learning-rate", "nan"], "optimizer.learning_rate is nan"),
+        ("train.py", ["--data.image-size", "4"], "data.image_size is 4"),
+        ("evaluate.py", ["nowhere"], "nowhere is not a run directory"),
+        ("prepare_data.py", ["isic2017"], "synthetic, isic2018, folder"),
+    ],
+)
+def test_a_users_mistake_is_answered_in_a_paragraph(script, words, expected, tmp_path):
+    if script == "train.py":
+        words = [*words, "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command(script, *words), capture_output=True, text=True, env=environment()
+    )
+    output = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert done.returncode in (1, 2)
+    assert expected in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py", "prepare_data.py"])
+def test_help_explains_every_option(script):
+    output = run(script, "--help")
+    assert "--data.dir" in output or "--overlay" in output
+    assert re.search(r"Run directory|where the source files are", output, re.IGNORECASE)
