@@ -12,8 +12,8 @@ from command_line import parse, print_scores, run_script
 from jaxunet.config import to_dict
 from jaxunet.data import prepare
 from jaxunet.evaluation import evaluate, report
-from jaxunet.parallel import check_divisible, make_strategy
 from jaxunet.files import write_json
+from jaxunet.parallel import check_divisible, make_strategy
 from jaxunet.run import command_line, environment
 from jaxunet.steps import eval_step
 from jaxunet.trained import load
@@ -38,7 +38,7 @@ class Arguments:
     """Which checkpoint: the last one, or the best on the validation split."""
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
-    data: DataOptions = DataOptions()  # noqa: RUF009 - frozen
+    data: DataOptions = DataOptions()
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Check a dataset and store it for training: `prepare_data.py DATASET --data.dir DIR`."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 from command_line import parse, run_script
@@ -25,8 +25,7 @@ def main() -> None:
         raise ConfigError(f"DATASET is {name!r}, but must be one of {', '.join(DATASETS)}.")
     chosen = ["--data.name", name] if name else []
     described = f"Check and prepare a dataset. DATASET is one of {', '.join(DATASETS)}."
-    default = None if name == "folder" else Arguments(replace(DataConfig(), name=name or "synthetic"))
-    arguments = parse(Arguments, described, default, [*chosen, *words])
+    arguments = parse(Arguments, described, args=[*chosen, *words])
     data = prepare(arguments.data)
     for split, count in data.counts.items():
         official = data.official_counts.get(split)

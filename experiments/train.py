@@ -1,4 +1,4 @@
-"""Train a U-Net: `python experiments/train.py [PRESET] [--section.field VALUE ...] --out RUN`."""
+"""Train a U-Net: `train.py [PRESET] [--section.field VALUE ...] --out RUN`."""
 
 import sys
 from dataclasses import dataclass

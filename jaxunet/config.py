@@ -30,9 +30,7 @@ def require_positive(name: str, value: float) -> None:
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
-    require(
-        math.isfinite(value) and value >= least, name, value, f"at least {least}"
-    )
+    require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -189,18 +187,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive("optimizer.learning_rate", self.learning_rate)
-        require(
-            0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)"
-        )
+        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
         require_at_least("optimizer.weight_decay", self.weight_decay, 0)
         require_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         require_at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
         if self.clip_norm is not None:
             require_positive("optimizer.clip_norm", self.clip_norm)
         if self.ema_decay is not None:
-            require(
-                0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in (0, 1)"
-            )
+            require(0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -213,9 +207,7 @@ class TrainConfig:
     """Images in a global batch, all devices together."""
     eval_batch_size: int = 4
     """Images in a global batch of evaluation; scores don't depend on it."""
-    loss: Literal[
-        "bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"
-    ] = "bce"
+    loss: Literal["bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"] = "bce"
     """Loss function."""
     augment: Literal["none", "flip"] = "flip"
     """`flip`: horizontal flip with probability 0.5, as in the reference."""
@@ -235,9 +227,7 @@ class TrainConfig:
             require_at_least(f"train.{name}", getattr(self, name), 1)
         require_at_least("train.checkpoint_every", self.checkpoint_every, 0)
         require_at_least("train.seed", self.seed, 0)
-        require(
-            0 < self.threshold < 1, "train.threshold", self.threshold, "between 0 and 1"
-        )
+        require(0 < self.threshold < 1, "train.threshold", self.threshold, "between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -250,9 +240,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        require_at_least(
-            "data.image_size", self.data.image_size, self.model.least_image_size
-        )
+        require_at_least("data.image_size", self.data.image_size, self.model.least_image_size)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -293,11 +281,7 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
     """`value` as JSON gave it, checked against the type `hint` and made into it."""
-    options = (
-        get_args(hint)
-        if get_origin(hint) in (typing.Union, types.UnionType)
-        else (hint,)
-    )
+    options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
         if get_origin(option) is Literal:
             if value in get_args(option):

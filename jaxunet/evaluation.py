@@ -15,6 +15,7 @@ from jaxunet.data.pipeline import Source, make_batches
 from jaxunet.metrics import scores
 from jaxunet.parallel import Step, Strategy
 
+
 @dataclass(frozen=True)
 class Evaluation:
     """Results on one split, in the dataset's order.

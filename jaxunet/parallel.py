@@ -74,9 +74,7 @@ class Pmap:
 
     def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
         del outputs  # the leading axis carries both kinds
-        return jax.pmap(
-            step, AXIS, devices=self.devices, donate_argnums=(0,) if donate else ()
-        )
+        return jax.pmap(step, AXIS, devices=self.devices, donate_argnums=(0,) if donate else ())
 
     def fetch(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)

@@ -1,11 +1,11 @@
 """A run's directory: what it holds, who may write to it, and the lines it logs.
 
-    config.json      configuration, versions, devices, git commit, dataset
-    metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
-    tensorboard/     the same as event files
-    checkpoints/     see `jaxunet.checkpoint`
-    figures/         curves.png, predictions.png
-    summary.json     final scores, by protocol
+config.json      configuration, versions, devices, git commit, dataset
+metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
+tensorboard/     the same as event files
+checkpoints/     see `jaxunet.checkpoint`
+figures/         curves.png, predictions.png
+summary.json     final scores, by protocol
 """
 
 import fcntl
@@ -38,7 +38,16 @@ CONTINUABLE = (
 
 def environment() -> dict[str, Any]:
     """Versions, devices and code of this process, for a record of what was run."""
-    packages = ("jaxunet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = (
+        "jaxunet",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+    )
     devices = jax.devices()
     return {
         "versions": {

@@ -8,6 +8,7 @@ Each is written for one shard of the global batch, on the named axis `AXIS`;
     weight [batch]                     1, or 0 for padding
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from jaxunet.unet import UNet, center_crop, make_unet
 AXIS = "data"
 
 Batch = dict[str, UInt8[Array, "batch ..."]]
-Variables = dict[str, Any]
+Variables = Mapping[str, Any]
 
 
 class TrainState(struct.PyTreeNode):
@@ -181,7 +182,8 @@ def _logits_at_input_size(
     recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
 ) -> Float[Array, "batch height width 1"]:
     """Logits for every pixel: a cropped border repeats the nearest logit, so all count."""
-    logits = lesion_logits(recipe.model.apply(variables, normalize(images)))
+    output: Any = recipe.model.apply(variables, normalize(images))
+    logits = lesion_logits(output)
     rows, columns = (a - b for a, b in zip(images.shape[1:3], logits.shape[1:3], strict=True))
     if not rows and not columns:
         return logits

@@ -19,14 +19,14 @@ from tqdm import tqdm
 from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, to_dict
 from jaxunet.data.order import Order
-from jaxunet.data.pipeline import Batches, InMemory, make_batches
+from jaxunet.data.pipeline import Batches, InMemory, Source, make_batches
 from jaxunet.data.prepare import Prepared
 from jaxunet.errors import RunError
 from jaxunet.evaluation import Evaluation, evaluate, report
+from jaxunet.files import write_json
 from jaxunet.optim import make_schedule
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.reporting import write_figures
-from jaxunet.files import write_json
 from jaxunet.run import MetricsLog, RunDirectory
 from jaxunet.steps import TrainState, eval_step, init_state, make_recipe, train_step
 from jaxunet.trained import compile_probabilities
@@ -98,8 +98,8 @@ class Trainer:
         check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
         self.config, self.data, self.run = config, data, run
         self.show_progress = show_progress
-        self.train_source = data.source(config.data.train_split)
-        self.validation_source = data.source(config.data.validation_split)
+        self.train_source: Source = data.source(config.data.train_split)
+        self.validation_source: Source = data.source(config.data.validation_split)
         if config.data.cache == "host":
             size = config.data.image_size
             self.train_source = InMemory(self.train_source, size)
@@ -321,7 +321,6 @@ class Trainer:
         }
         write_json(self.run.path / "summary.json", summary)
         return summary
-
 
     def _draw(self, state: TrainState, evaluation: Evaluation) -> list[Path]:
         dataset = self._dataset(self.config.data.validation_split)

@@ -16,11 +16,11 @@ from PIL import Image
 from jaxunet.run import read_metrics
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"
-SMALL = (
-    "--data.image-size 16 --data.synthetic-train 24 --data.synthetic-validation 6 "
-    "--model.width 4 --model.depth 2 --train.epochs 2 --train.log-every 1 "
-    "--optimizer.warmup-steps 0"
-).split()
+SMALL = [
+    *("--data.image-size", "16", "--data.synthetic-train", "24"),
+    *("--data.synthetic-validation", "6", "--model.width", "4", "--model.depth", "2"),
+    *("--train.epochs", "2", "--train.log-every", "1", "--optimizer.warmup-steps", "0"),
+]
 
 
 def command(script: str, *words: object) -> list[str]:
@@ -79,9 +79,7 @@ def test_evaluate_writes_its_scores_and_those_of_the_validation_are_trainings(tr
     assert (out / "evaluation-test.json").exists()
 
 
-def test_predict_writes_masks_at_each_pictures_size_and_reports_what_is_none(
-    trained, tmp_path
-):
+def test_predict_writes_masks_at_each_pictures_size_and_reports_what_is_none(trained, tmp_path):
     out, _ = trained
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -143,7 +141,9 @@ def test_prepare_reports_every_problem_at_once_and_leaves_nothing(tmp_path):
         (tmp_path / "data" / folder).mkdir(parents=True)
     grey = np.full((8, 8), 7, np.uint8)
     for name in ("a", "b"):
-        Image.fromarray(np.dstack([grey] * 3)).save(tmp_path / "data" / "images" / f"{name}.png")
+        Image.fromarray(np.dstack([grey] * 3)).save(
+            tmp_path / "data" / "images" / f"{name}.png"
+        )
     Image.fromarray(grey).save(tmp_path / "data" / "masks" / "a.png")
     output = run(
         "prepare_data.py",

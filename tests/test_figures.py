@@ -1,7 +1,5 @@
 """`jaxunet.figures`: which rows are shown, where outlines lie, what the pictures contain."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb

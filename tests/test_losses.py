@@ -98,5 +98,7 @@ def test_focal_loss_with_alpha_weighs_the_classes():
 def test_two_logits_become_one_whose_sigmoid_is_their_softmax():
     two = jnp.asarray(RNG.normal(size=(1, 2, 2, 2)), jnp.float32)
     one = lesion_logits(two)
-    np.testing.assert_allclose(jax.nn.sigmoid(one[..., 0]), jax.nn.softmax(two)[..., 1], rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.nn.sigmoid(one[..., 0]), jax.nn.softmax(two)[..., 1], rtol=1e-5
+    )
     np.testing.assert_array_equal(lesion_logits(one), one)

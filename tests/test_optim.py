@@ -92,7 +92,7 @@ def test_constant_rates_stay_after_the_warm_up():
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     config = OptimizerConfig(schedule="cosine", warmup_steps=10)
-    with pytest.raises(ConfigError, match="optimizer.warmup_steps is 10.*only 8 updates"):
+    with pytest.raises(ConfigError, match=r"optimizer.warmup_steps is 10.*only 8 updates"):
         make_schedule(config, 8)
 
 

@@ -135,9 +135,7 @@ def test_padding_changes_neither_loss_nor_update():
         results.append((one.fetch(state), one.fetch(metrics)))
     for state, metrics in results[1:]:
         np.testing.assert_allclose(metrics["loss"], results[0][1]["loss"], rtol=1e-5)
-        for a, b in zip(
-            jax.tree.leaves(state), jax.tree.leaves(results[0][0]), strict=True
-        ):
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(results[0][0]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -159,13 +159,16 @@ def test_the_run_directory_holds_what_the_contract_says(config, data, unbroken):
     assert record["dataset"]["count"] == 20
     summary = json.loads((out / "summary.json").read_text())
     assert summary == outcome.summary
-    assert summary["dataset"].items() >= {
-        "name": "synthetic",
-        "split": "validation",
-        "count": 9,
-        "official_count": None,
-        "image_size": 16,
-    }.items()
+    assert (
+        summary["dataset"].items()
+        >= {
+            "name": "synthetic",
+            "split": "validation",
+            "count": 9,
+            "official_count": None,
+            "image_size": 16,
+        }.items()
+    )
     assert set(summary["scores"]) == {"per_image", "batch_of_4", "pooled"}
     assert summary["step"] == 6
     assert summary["epoch"] == 2
@@ -203,7 +206,7 @@ def test_a_configuration_that_does_not_fit_is_refused_by_field(config, data, unb
 def test_a_run_directory_is_never_overwritten_in_silence(config, data, unbroken, tmp_path):
     out, _ = unbroken["pmap"]
     before = (out / "summary.json").read_bytes()
-    with pytest.raises(RunError, match="complete run.*--resume"):
+    with pytest.raises(RunError, match=r"complete run.*--resume"):
         train(config, data, out, show_progress=False)
     assert (out / "summary.json").read_bytes() == before
 
@@ -234,5 +237,5 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(
 
 def test_an_edited_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"train": {"epochs": "many"}}}')
-    with pytest.raises(ConfigError, match="config.json.*train.epochs is 'many'"):
+    with pytest.raises(ConfigError, match=r"config.json.*train.epochs is 'many'"):
         load_config(tmp_path)
