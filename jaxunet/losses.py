@@ -23,7 +23,7 @@ _PIXELS = (1, 2, 3)
 def lesion_logits(
     logits: Float[Array, "batch height width classes"],
 ) -> Float[Array, "batch height width 1"]:
-    """One logit a pixel from one or two: softmax over two is the sigmoid of their difference."""
+    """One logit a pixel from one or two: softmax over two is sigmoid of their difference."""
     return logits if logits.shape[-1] == 1 else logits[..., 1:2] - logits[..., 0:1]
 
 
