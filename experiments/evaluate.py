@@ -1,23 +1,26 @@
 """Score a run on a split: `python experiments/evaluate.py RUN --split SPLIT`."""
 
+import math
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 from command_line import parse, print_scores, run_script
 
-from jaxunet.config import to_dict
+from jaxunet.challenge import evaluate_native, originals
+from jaxunet.config import Config, to_dict
 from jaxunet.data import prepare
-from jaxunet.evaluation import evaluate, report
+from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.files import write_json
-from jaxunet.parallel import check_divisible, make_strategy
+from jaxunet.parallel import Strategy, check_divisible, make_strategy
+from jaxunet.prediction import zip_masks
 from jaxunet.run import command_line, environment
 from jaxunet.steps import eval_step
-from jaxunet.trained import load
-from jaxunet.training import describe_split
+from jaxunet.trained import TrainedModel, compile_probabilities, load
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,28 @@ class Arguments:
     """Which checkpoint: the last one, or the best on the validation split."""
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
+    native: bool = False
+    """Predict each original at its own size, write the masks to RUN/native-SPLIT, and score
+    them as the challenge does."""
+    zip: bool = False
+    """With --native, also pack the masks into RUN/native-SPLIT.zip, ready to submit."""
     data: DataOptions = DataOptions()
+
+
+def score_originals(
+    model: TrainedModel, strategy: Strategy, config: Config, split: str, out: Path
+) -> tuple[Evaluation, dict[str, Any]]:
+    start = time.perf_counter()
+    pairs, dataset = originals(config.data, split)
+    counts = evaluate_native(
+        compile_probabilities(strategy, model.recipe, model.variables),
+        pairs,
+        out,
+        image_size=config.data.image_size,
+        threshold=config.train.threshold,
+        batch_size=config.train.eval_batch_size,
+    )
+    return Evaluation(counts, math.nan, time.perf_counter() - start), dataset
 
 
 def main() -> None:
@@ -47,24 +71,27 @@ def main() -> None:
     given = {k: v for k, v in vars(arguments.data).items() if v is not None}
     config = replace(model.config, data=replace(model.config.data, **given))
     check_divisible("train.eval_batch_size", config.train.eval_batch_size, jax.device_count())
-    data = prepare(config.data)
-    source = data.source(arguments.split)
     strategy = make_strategy(arguments.parallel)
-    evaluation = evaluate(
-        strategy,
-        strategy.compile(partial(eval_step, model.recipe), outputs="replicated"),
-        strategy.replicate(model.variables),
-        source,
-        config,
-    )
-    result = report(
-        evaluation,
-        dataset=describe_split(data, arguments.split, config.data.image_size),
-        step=model.step,
-        epoch=model.epoch,
-    )
-    print_scores(result)
     name = "".join(c if c.isalnum() else "-" for c in arguments.split).strip("-")
+    if arguments.native:
+        name = f"native-{name}"
+        evaluation, dataset = score_originals(
+            model, strategy, config, arguments.split, arguments.run / name
+        )
+        if arguments.zip:
+            zip_masks(arguments.run / name, arguments.run / f"{name}.zip")
+    else:
+        data = prepare(config.data)
+        evaluation = evaluate(
+            strategy,
+            strategy.compile(partial(eval_step, model.recipe), outputs="replicated"),
+            strategy.replicate(model.variables),
+            data.source(arguments.split),
+            config,
+        )
+        dataset = describe_split(data, arguments.split, config.data.image_size)
+    result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
+    print_scores(result)
     path = arguments.run / f"evaluation-{name}.json"
     record = {"config": to_dict(config), "command": command_line(), **environment()}
     write_json(path, {**result, **record})

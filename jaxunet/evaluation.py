@@ -1,7 +1,8 @@
 """Score a model on a whole split: every image exactly once."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxunet.config import Config
+from jaxunet.data import Prepared
 from jaxunet.data.order import Order
 from jaxunet.data.pipeline import Source, make_batches
 from jaxunet.metrics import scores
@@ -22,7 +24,7 @@ class Evaluation:
 
     Attributes:
         counts: int64 [images, 4]: true and false positives, false and true negatives.
-        loss: mean loss over images.
+        loss: mean loss over images; NaN where it was not computed.
         seconds: wall time.
     """
 
@@ -83,10 +85,11 @@ def report(
 ) -> dict[str, Any]:
     """The object that summary.json and evaluation-<split>.json hold."""
     count = len(evaluation.counts)
+    loss = {} if math.isnan(evaluation.loss) else {"loss": evaluation.loss}
     return {
         "dataset": dataset,
         "scores": evaluation.scores,
-        "loss": evaluation.loss,
+        **loss,
         "step": step,
         "epoch": epoch,
         "wall_seconds": evaluation.seconds if wall_seconds is None else wall_seconds,
@@ -94,3 +97,46 @@ def report(
         if images_per_second is None
         else images_per_second,
     }
+
+
+def describe(
+    *,
+    name: str,
+    split: str,
+    count: int,
+    image_size: int | str,
+    fingerprint: str,
+    counts: dict[str, int],
+    official_counts: Mapping[str, int | None],
+) -> dict[str, Any]:
+    """What was scored or trained on, for the record, with all that is not official in it.
+
+    Args:
+        counts, official_counts: of every split of the dataset.
+    """
+    return {
+        "name": name,
+        "split": split,
+        "count": count,
+        "official_count": official_counts.get(split.partition("[")[0]),
+        "image_size": image_size,
+        "fingerprint": fingerprint,
+        "unofficial_splits": {
+            each: f"{found} of {official_counts[each]}"
+            for each, found in counts.items()
+            if official_counts.get(each) not in (None, found)
+        },
+    }
+
+
+def describe_split(data: Prepared, split: str, image_size: int) -> dict[str, Any]:
+    """`describe` for a split, or a slice of one, of a prepared dataset."""
+    return describe(
+        name=data.name,
+        split=split,
+        count=data.count(split),
+        image_size=image_size,
+        fingerprint=data.fingerprint,
+        counts=data.counts,
+        official_counts=data.official_counts,
+    )

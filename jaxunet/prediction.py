@@ -8,10 +8,11 @@ displayed, not of the pixels as stored.
 import io
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import scipy.ndimage
@@ -27,6 +28,9 @@ from jaxunet.files import write_atomically
 ProbabilitiesFn = Callable[[np.ndarray], np.ndarray]
 """From images, uint8 `[batch, size, size, 3]`, to the probability of lesion for each pixel,
 float32 `[batch, size, size, 1]`."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MASK_SUFFIX, OVERLAY_SUFFIX = "_segmentation", "_overlay"
 NO_INPUTS = (MASK_SUFFIX, OVERLAY_SUFFIX, "_Segmentation", "_superpixels")
@@ -147,9 +151,7 @@ def predict_files(
 ) -> PredictionReport:
     """Write `<name>_segmentation.png` for each picture: one channel, 0 or 255, its own size.
 
-    A picture that can't be read is reported, the others are still done. Threads read ahead
-    and write behind while the model computes. The last batch is filled up with black
-    images, so that the model is compiled once.
+    A picture that can't be read is reported, the others are still done.
 
     Args:
         probabilities_fn: the model.
@@ -169,39 +171,100 @@ def predict_files(
     images, passed_over = find_images(inputs)
     _check_outputs(images, out, (MASK_SUFFIX, OVERLAY_SUFFIX) if overlay else (MASK_SUFFIX,))
     report = PredictionReport(passed_over=passed_over)
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=len(images), unit="image", disable=not progress) as bar,
-    ):
-        writing: deque[Future[Path]] = deque()
 
-        def finish_writing() -> None:
-            while writing:
-                report.written.append(writing.popleft().result())
-                bar.update()
+    def write(path: Path, mask: np.ndarray) -> Path:
+        if clean:
+            mask = clean_up(mask)
+        if overlay:
+            picture = draw_overlay(read_image(path), mask)
+            write_atomically(out / f"{path.stem}{OVERLAY_SUFFIX}.png", encode_png(picture))
+        return write_mask(out, path.stem, mask)
 
-        def predict(batch: list[_Small]) -> None:
-            stacked = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
-            stacked[: len(batch)] = [small.pixels for small in batch]
-            probabilities = _probabilities(probabilities_fn, stacked)
-            finish_writing()  # of the batch before, which went on meanwhile
-            for small, map_ in zip(batch, probabilities[..., 0], strict=False):
-                writing.append(pool.submit(_write, small, map_, out, threshold, overlay, clean))
-
-        batch: list[_Small] = []
-        for path, future in _read_ahead(pool, images, image_size, 2 * batch_size):
-            try:
-                batch.append(future.result())
-            except DataError as error:
-                report.failed.append((path, str(error)))
-                bar.update()
-            if len(batch) == batch_size:
-                predict(batch)
-                batch = []
-        if batch:
-            predict(batch)
-        finish_writing()
+    results = predict_each(
+        probabilities_fn,
+        images,
+        read_image,
+        write,
+        image_size=image_size,
+        threshold=threshold,
+        batch_size=batch_size,
+    )
+    for path, result in tqdm(results, "predict", len(images), disable=not progress):
+        if isinstance(result, DataError):
+            report.failed.append((path, str(result)))
+        else:
+            report.written.append(result)
     return report
+
+
+def predict_each(
+    probabilities_fn: ProbabilitiesFn,
+    items: Sequence[Item],
+    read: Callable[[Item], np.ndarray],
+    finish: Callable[[Item, np.ndarray], Result],
+    *,
+    image_size: int,
+    threshold: float,
+    batch_size: int,
+) -> Iterator[tuple[Item, Result | DataError]]:
+    """Predict many pictures, several in flight, in bounded memory.
+
+    Threads read ahead and finish behind while the model computes. The last batch is filled
+    up with black images, so that the model is compiled once.
+
+    Args:
+        read: an item's picture, uint8 `[height, width, 3]`.
+        finish: called in a thread with the item and its mask at the picture's own size,
+            uint8 `[height, width]` of 0 and 255.
+
+    Yields:
+        Each item once, in order, with what `finish` returned; an item whose `read` raised a
+        `DataError` comes with that error, as soon as it is met.
+    """
+    finishing: deque[tuple[Item, Future[Result]]] = deque()
+
+    def shrink(item: Item) -> _Small:
+        image = read(item)
+        height, width, _ = image.shape
+        return _Small(height, width, resize_image(image, image_size, image_size))
+
+    def complete(item: Item, small: _Small, probabilities: np.ndarray) -> Result:
+        return finish(item, mask_at_size(probabilities, small.height, small.width, threshold))
+
+    def finished() -> Iterator[tuple[Item, Result]]:
+        while finishing:
+            item, future = finishing.popleft()
+            yield item, future.result()
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        batch: list[tuple[Item, _Small]] = []
+
+        def predict() -> Iterator[tuple[Item, Result]]:
+            stacked = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+            stacked[: len(batch)] = [small.pixels for _, small in batch]
+            probabilities = _probabilities(probabilities_fn, stacked)[..., 0]
+            yield from finished()  # of the batch before, which went on meanwhile
+            for (item, small), map_ in zip(batch, probabilities, strict=False):
+                finishing.append((item, pool.submit(complete, item, small, map_)))
+            batch.clear()
+
+        for item, future in _read_ahead(pool, shrink, items, 2 * batch_size):
+            try:
+                batch.append((item, future.result()))
+            except DataError as error:
+                yield item, error
+            if len(batch) == batch_size:
+                yield from predict()
+        if batch:
+            yield from predict()
+        yield from finished()
+
+
+def write_mask(out: Path, name: str, mask: UInt8[np.ndarray, "height width"]) -> Path:
+    """Write `<name>_segmentation.png` into `out`, atomically."""
+    path = out / f"{name}{MASK_SUFFIX}.png"
+    write_atomically(path, encode_png(mask))
+    return path
 
 
 def zip_masks(folder: Path, path: Path) -> None:
@@ -222,49 +285,26 @@ def zip_masks(folder: Path, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Small:
-    """A picture as the model sees it. Its own pixels are let go, and read again to draw on."""
+    """A picture as the model sees it; its own pixels are let go."""
 
-    path: Path
     height: int
     width: int
     pixels: UInt8[np.ndarray, "size size 3"]
 
 
-def _read(path: Path, image_size: int) -> _Small:
-    image = read_image(path)
-    height, width, _ = image.shape
-    return _Small(path, height, width, resize_image(image, image_size, image_size))
-
-
 def _read_ahead(
-    pool: ThreadPoolExecutor, paths: list[Path], image_size: int, ahead: int
-) -> Iterator[tuple[Path, "Future[_Small]"]]:
-    """Paths with their pictures on the way, at most `ahead` of them beyond the one given."""
-    pending: deque[tuple[Path, Future[_Small]]] = deque()
-    for path in paths:
-        pending.append((path, pool.submit(_read, path, image_size)))
+    pool: ThreadPoolExecutor,
+    read: Callable[[Item], _Small],
+    items: Sequence[Item],
+    ahead: int,
+) -> Iterator[tuple[Item, "Future[_Small]"]]:
+    """Items with their pictures on the way, at most `ahead` of them beyond the one given."""
+    pending: deque[tuple[Item, Future[_Small]]] = deque()
+    for item in items:
+        pending.append((item, pool.submit(read, item)))
         if len(pending) > ahead:
             yield pending.popleft()
     yield from pending
-
-
-def _write(
-    small: _Small,
-    probabilities: np.ndarray,
-    out: Path,
-    threshold: float,
-    overlay: bool,
-    clean: bool,
-) -> Path:
-    mask = mask_at_size(probabilities, small.height, small.width, threshold)
-    if clean:
-        mask = clean_up(mask)
-    if overlay:
-        picture = draw_overlay(read_image(small.path), mask)
-        write_atomically(out / f"{small.path.stem}{OVERLAY_SUFFIX}.png", encode_png(picture))
-    path = out / f"{small.path.stem}{MASK_SUFFIX}.png"
-    write_atomically(path, encode_png(mask))
-    return path
 
 
 def _probabilities(probabilities_fn: ProbabilitiesFn, images: np.ndarray) -> np.ndarray:

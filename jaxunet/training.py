@@ -22,7 +22,7 @@ from jaxunet.data.order import Order
 from jaxunet.data.pipeline import Batches, InMemory, Source, make_batches
 from jaxunet.data.prepare import Prepared
 from jaxunet.errors import RunError
-from jaxunet.evaluation import Evaluation, evaluate, report
+from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.files import write_json
 from jaxunet.optim import make_schedule
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
@@ -335,23 +335,6 @@ class Trainer:
             title=f"{dataset['name']} {dataset['split']}, after {self.config.train.epochs} "
             f"epochs: mean Dice {evaluation.scores['per_image']['dice']:.3f}",
         )
-
-
-def describe_split(data: Prepared, split: str, image_size: int) -> dict[str, Any]:
-    """What was scored or trained on, for the record."""
-    return {
-        "name": data.name,
-        "split": split,
-        "count": data.count(split),
-        "official_count": data.official_count(split),
-        "image_size": image_size,
-        "fingerprint": data.fingerprint,
-        "unofficial_splits": {
-            name: f"{count} of {data.official_counts[name]}"
-            for name, count in data.counts.items()
-            if data.official_counts[name] not in (None, count)
-        },
-    }
 
 
 def train(

@@ -1,0 +1,153 @@
+"""Against the challenge's own scorer: results of it kept here, and live where it is."""
+
+import json
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxunet.challenge import count, evaluate_native, originals, score_folders
+from jaxunet.config import DataConfig
+from jaxunet.errors import DataError
+from jaxunet.metrics import per_image, scores
+from jaxunet.prediction import zip_masks
+
+GOLDEN = Path(__file__).parent / "golden" / "isic_challenge_scoring.json"
+NAMES = {"jaccard": "iou"}  # theirs: ours
+
+
+def made_up_masks() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Truths and predictions with every edge case, values other than 0 and 255 included."""
+    rng = np.random.default_rng(2018)
+
+    def disc(height, width, row, column, radius):
+        rows, columns = np.ogrid[:height, :width]
+        inside = (rows - row) ** 2 + (columns - column) ** 2 < radius**2
+        return np.where(inside, 255, 0).astype(np.uint8)
+
+    empty, full = np.zeros((40, 50), np.uint8), np.full((40, 50), 255, np.uint8)
+    half = disc(40, 50, 20, 25, 14)
+    cases = [
+        (disc(601, 803, 300, 400, 170), disc(601, 803, 310, 390, 180)),  # good
+        (disc(97, 61, 50, 30, 25), disc(97, 61, 40, 30, 20)),  # middling
+        (disc(97, 61, 20, 30, 15), disc(97, 61, 80, 30, 10)),  # missed
+        (half, half),
+        (half, empty),
+        (half, full),
+        (empty, empty),
+        (empty, half),
+        (empty, full),
+        (full, full),
+        (full, empty),
+        (full, half),
+        (np.full((40, 50), 128, np.uint8), half),  # 128 is background to the challenge
+        (half, np.full((40, 50), 128, np.uint8)),
+        (np.where(half, 129, 128).astype(np.uint8), half),
+        (rng.integers(0, 256, (40, 50), np.uint8), rng.integers(0, 256, (40, 50), np.uint8)),
+    ]
+    return {f"ISIC_{number:07}": pair for number, pair in enumerate(cases)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("challenge")
+    for index, name in enumerate(("truth", "prediction")):
+        (root / name).mkdir()
+        for key, pair in made_up_masks().items():
+            Image.fromarray(pair[index]).save(root / name / f"{key}_segmentation.png")
+    return root / "truth", root / "prediction"
+
+
+def assert_same_scores(macro_average, counts):
+    ours = scores(counts)["per_image"]
+    assert {NAMES.get(k, k): v for k, v in macro_average.items()} == pytest.approx(
+        ours, rel=1e-12
+    )
+
+
+def test_all_six_scores_are_the_official_scorers(folders):
+    golden = json.loads(GOLDEN.read_text())
+    assert golden["version"] == "isic-challenge-scoring 5.6.0"
+    ids, counts = score_folders(*folders)
+    assert ids == list(made_up_masks())
+    assert_same_scores(golden["all"], counts)
+    for key, row in zip(ids, counts, strict=True):
+        assert_same_scores(golden["each"][key], row[np.newaxis])
+
+
+def test_live_scorer_agrees(folders):
+    scorer = shutil.which("isic-challenge-scoring")
+    if scorer is None:
+        pytest.skip("isic-challenge-scoring is not installed; CI installs it")
+    words = [scorer, "-o", "json", "segmentation", *map(str, folders)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    _, counts = score_folders(*folders)
+    assert_same_scores(json.loads(done.stdout)["macro_average"], counts)
+
+
+def test_counting_is_a_hand_count():
+    prediction = np.array([[1, 1, 0], [0, 1, 0]], bool)
+    truth = np.array([[1, 0, 0], [1, 1, 1]], bool)
+    assert count(prediction, truth).tolist() == [2, 1, 2, 1]
+
+
+def test_a_missing_prediction_is_named(folders, tmp_path):
+    truth, prediction = folders
+    shutil.copytree(prediction, tmp_path / "p")
+    (tmp_path / "p" / "ISIC_0000003_segmentation.png").unlink()
+    with pytest.raises(DataError, match=r"ISIC_0000003.*has 0 matching"):
+        score_folders(truth, tmp_path / "p")
+
+
+def bright(images):
+    """A model that takes bright pixels for lesion."""
+    return images.mean(axis=-1, keepdims=True) / np.float32(255)
+
+
+def test_native_evaluation_writes_and_scores_masks_at_each_images_own_size(tmp_path):
+    images = tmp_path / "isic" / "ISIC2018_Task1-2_Test_Input"
+    masks = tmp_path / "isic" / "ISIC2018_Task1_Test_GroundTruth"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    sizes = {"ISIC_0000001": (64, 96), "ISIC_0000002": (160, 64), "ISIC_0000003": (32, 32)}
+    for key, (height, width) in sizes.items():
+        lesion = np.zeros((height, width), np.uint8)
+        lesion[height // 4 : height // 2, width // 4 : width // 2] = 255
+        Image.fromarray(np.dstack([lesion] * 3)).save(images / f"{key}.png")
+        Image.fromarray(lesion).save(masks / f"{key}_segmentation.png")
+    config = DataConfig(name="isic2018", dir=tmp_path / "isic")
+    pairs, dataset = originals(config, "test")
+    assert dataset["count"] == 3
+    assert dataset["official_count"] == 1000
+    assert dataset["unofficial_splits"] == {"test": "3 of 1000"}
+    counts = evaluate_native(
+        bright, pairs, tmp_path / "out", image_size=32, threshold=0.5, batch_size=2
+    )
+    for (key, (height, width)), row in zip(sizes.items(), counts, strict=True):
+        with Image.open(tmp_path / "out" / f"{key}_segmentation.png") as mask:
+            assert (mask.size, mask.mode) == ((width, height), "L")
+        assert row.sum() == height * width
+    assert per_image(counts)["dice"].min() > 0.9
+    # What was returned is what the written files score.
+    np.testing.assert_array_equal(score_folders(masks, tmp_path / "out")[1], counts)
+    zip_masks(tmp_path / "out", tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert archive.namelist() == [f"{key}_segmentation.png" for key in sizes]
+
+
+def test_native_evaluation_names_what_it_needs(tmp_path):
+    with pytest.raises(DataError, match=r"--data\.dir"):
+        originals(DataConfig(), "test")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for number in range(4):
+        picture = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+        picture.save(tmp_path / "images" / f"{number}.png")
+        picture.convert("L").save(tmp_path / "masks" / f"{number}.png")
+    config = DataConfig(name="folder", dir=tmp_path)
+    with pytest.raises(DataError, match="no split 'final', but train"):
+        originals(config, "final")
