@@ -14,6 +14,8 @@ from jaxunet.unet import (
     upsample_bilinear,
 )
 
+KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
+
 
 def shapes_of(config: ModelConfig, *image_shape: int):
     model = make_unet(config)
@@ -61,7 +63,7 @@ def test_batch_norm_is_pytorchs_on_the_real_examples_only():
     x = jnp.asarray(rng.normal(2, 3, size=(4, 5, 6, 3)), jnp.float32)
     weight = jnp.array([True, True, True, False])
     norm = BatchNorm(axis_name=None)
-    variables = norm.init(jax.random.key(0), x, weight, train=False)
+    variables = norm.init(KEY, x, weight, train=False)
     y, updated = norm.apply(variables, x, weight, train=True, mutable=["batch_stats"])
 
     theirs = torch.nn.BatchNorm2d(3)
@@ -76,7 +78,7 @@ def test_group_norm_uses_groups_of_the_configured_width():
     config = ModelConfig(width=8, depth=2, norm="group")
     model = make_unet(config)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = model.init(KEY, x)
     # Without shared statistics, an example's logits don't depend on its neighbours.
     both, alone = model.apply(variables, x), model.apply(variables, x[:1])
     np.testing.assert_allclose(both[:1], alone, atol=1e-5)
@@ -91,7 +93,7 @@ def test_rematerialisation_changes_no_gradient():
     grads = []
     for remat in (False, True):
         model = make_unet(ModelConfig(width=4, depth=3, remat=remat))
-        params = model.init(jax.random.key(0), x)
+        params = model.init(KEY, x)
 
         def loss(p, model=model):
             return jnp.sum(model.apply(p, x) ** 2)
@@ -106,7 +108,7 @@ def test_bfloat16_computes_low_and_keeps_parameters_and_logits_in_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 32, 3)), jnp.float32)
     exact = make_unet(ModelConfig(width=8, depth=3))
     low = make_unet(ModelConfig(width=8, depth=3, dtype="bfloat16"))
-    variables = low.init(jax.random.key(0), x)
+    variables = low.init(KEY, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     a, b = exact.apply(variables, x), low.apply(variables, x)
     assert b.dtype == jnp.float32
@@ -116,7 +118,7 @@ def test_bfloat16_computes_low_and_keeps_parameters_and_logits_in_float32():
 
 def test_he_initialisation_has_the_published_variance_and_no_bias():
     model = make_unet(ModelConfig(width=32, depth=2, init="he"))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))["params"]
+    params = model.init(KEY, jnp.zeros((1, 2, 2, 3)))["params"]
     layer = params["encoder"]["level_1"]["conv_1"]
     assert float(layer["kernel"].std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
     assert not layer["bias"].any()

@@ -23,10 +23,11 @@ def iterate(reader: BatchReader, start: int, stop: int) -> Iterator[HostBatch]:
     side = reader.image_size
     shapes = {"image": (None, side, side, 3), "mask": (None, side, side, 1), "weight": (None,)}
 
-    def read(batch: np.ndarray) -> list[np.ndarray]:
+    def read(batch: np.integer) -> list[np.ndarray]:
         arrays = reader(int(batch))
         return [arrays[name] for name in shapes]
 
+    @tf.autograph.experimental.do_not_convert
     def load(batch: "tf.Tensor") -> dict[str, "tf.Tensor"]:
         arrays = tf.numpy_function(read, [batch], [tf.uint8] * len(shapes))
         return {
