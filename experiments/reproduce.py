@@ -1,0 +1,153 @@
+"""The reference protocol, beside PyTorch: `reproduce.py --data.dir DIR [--against pytorch]`."""
+
+import dataclasses
+import statistics
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from command_line import parse, run_script
+from presets import reference
+from rich.console import Console
+from rich.table import Table
+
+from jaxunet.config import Config, to_dict
+from jaxunet.data import Prepared, prepare
+from jaxunet.evaluation import describe_split
+from jaxunet.figures import loss_comparison
+from jaxunet.files import write_json
+from jaxunet.run import command_line, environment, read_metrics
+from jaxunet.training import train
+
+REPORTED = {"dice": 0.8494, "iou": 0.7480}
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    against: Literal["nothing", "pytorch"] = "nothing"
+    """Also train the reference in PyTorch on the same weights, order and flips."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds to repeat it with; more than one gives mean and spread."""
+    out: Path = field(default_factory=lambda: Path("experiments/results"))
+    """Folder for NAME.json and NAME.png."""
+    name: str = "reproduction"
+    """Name of the two files."""
+
+    @property
+    def config(self) -> Config:
+        return Config(self.data, self.model, self.optimizer, self.train)
+
+
+def train_jaxunet(config: Config, data: Prepared) -> dict[str, Any]:
+    """Train by the reference protocol with jaxunet's own loop, logging every step."""
+    config = replace(config, train=replace(config.train, log_every=1))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        outcome = train(config, data, run)
+        lines = read_metrics(run / "metrics.jsonl")
+    validation = [line["values"] for line in lines if line["split"] == "validation"]
+    train_lines = [line["values"] for line in lines if line["split"] == "train"]
+    means = [v["epoch_mean_loss"] for v in train_lines if "epoch_mean_loss" in v]
+    count = data.count(config.data.train_split) * config.train.epochs
+    return {
+        "losses": [values["loss"] for values in train_lines if "loss" in values],
+        "epochs": [
+            {"train_loss": mean, "loss": values["loss"]}
+            for mean, values in zip(means, validation, strict=True)
+        ],
+        "scores": outcome.summary["scores"],
+        "seconds": outcome.summary["wall_seconds"],
+        "images_per_second": count / outcome.summary["wall_seconds"],
+    }
+
+
+def train_reference(config: Config, data: Prepared) -> dict[str, Any]:
+    """The same in PyTorch."""
+    from jaxunet.interop.reproduction import train_pytorch
+
+    sources = (data.source(config.data.train_split), data.source(config.data.validation_split))
+    result = dataclasses.asdict(train_pytorch(config, *sources))
+    result["scores"] = result["epochs"][-1].pop("scores")
+    for epoch in result["epochs"]:
+        epoch.pop("scores", None)
+    return result
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def show(result: dict[str, Any]) -> None:
+    """One table: reported, PyTorch here, jaxunet here."""
+    names = {"pytorch": "PyTorch here", "jaxunet": "jaxunet here"}
+    present = [name for name in names if result["runs"][0].get(name)]
+    dataset = result["validation"]
+    counts = f"{result['train']['count']} train, {dataset['count']} validation"
+    unofficial = dataset["unofficial_splits"]
+    note = f"; NOT the official data ({unofficial})" if unofficial else ""
+    table = Table(title=f"{dataset['name']}: {counts}{note}", title_justify="left")
+    for column in ("", "reported", *(names[name] for name in present)):
+        table.add_column(column, justify="right" if column else "left")
+
+    def row(label: str, reported: str, value: Any, digits: int = 4) -> None:
+        values = [[value(run[name]) for run in result["runs"]] for name in present]
+        cells = [spread(each, digits) for each in values]
+        table.add_row(label, reported, *cells)
+
+    for protocol in ("batch_of_4", "per_image"):
+        for score in ("dice", "iou"):
+            reported = f"{REPORTED[score]:.4f}" if protocol == "batch_of_4" else ""
+            label = f"{score}, {protocol.replace('_', ' ')}"
+            row(label, reported, lambda r, p=protocol, s=score: r["scores"][p][s])
+    for epoch in range(len(result["runs"][0]["jaxunet"]["epochs"])):
+        row(
+            f"training loss, epoch {epoch + 1}",
+            "",
+            lambda r, e=epoch: r["epochs"][e]["train_loss"],
+        )
+    row("seconds", "", lambda r: r["seconds"], 1)
+    row("training images/s", "", lambda r: r["images_per_second"], 1)
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    start = reference()
+    default = Arguments(start.data, start.model, start.optimizer, start.train)
+    arguments = parse(Arguments, "Reproduce the reference's protocol.", default)
+    config = arguments.config
+    data = prepare(config.data)
+    size = config.data.image_size
+    runs: list[dict[str, Any]] = []
+    result = {
+        "reported": {"protocol": "batch_of_4", **REPORTED},
+        "train": describe_split(data, config.data.train_split, size),
+        "validation": describe_split(data, config.data.validation_split, size),
+        "runs": runs,
+        "config": to_dict(config),
+        "command": command_line(),
+        **environment(),
+    }
+    path = arguments.out / f"{arguments.name}.json"
+    for seed in arguments.seeds:
+        seeded = replace(config, train=replace(config.train, seed=seed))
+        run: dict[str, Any] = {"seed": seed}
+        if arguments.against == "pytorch":
+            run["pytorch"] = train_reference(seeded, data)
+        run["jaxunet"] = train_jaxunet(seeded, data)
+        runs.append(run)
+        write_json(path, result)  # after each seed: an interrupted run keeps the others
+    curves = {k: runs[0][k]["losses"] for k in ("pytorch", "jaxunet") if k in runs[0]}
+    loss_comparison(
+        curves,
+        path.with_suffix(".png"),
+        f"Training loss: {config.train.epochs} epochs, width {config.model.width}, {size} px",
+    )
+    show(result)
+    print(f"Written: {path} and {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    run_script(main)

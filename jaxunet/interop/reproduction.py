@@ -1,0 +1,144 @@
+"""The reference protocol in PyTorch, on exactly what jaxunet trains on.
+
+The same initial weights, the same order of examples and the same flips: what is left to
+differ is the two frameworks' arithmetic.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from jaxunet.augment import example_keys
+from jaxunet.config import Config
+from jaxunet.data.order import Order
+from jaxunet.data.pipeline import HostBatch, Source, make_batches
+from jaxunet.interop.pytorch import state_dict_from_variables
+from jaxunet.interop.pytorch_unet import make_pytorch_unet
+from jaxunet.metrics import scores
+from jaxunet.steps import init_state, make_recipe
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one framework did.
+
+    Attributes:
+        losses: of every step, in order.
+        epochs: for each epoch `train_loss`, `loss` on the validation split, and `scores`.
+        seconds: wall time, evaluation and compilation included.
+        images_per_second: training images over that time.
+    """
+
+    losses: list[float]
+    epochs: list[dict[str, Any]]
+    seconds: float
+    images_per_second: float
+
+
+def flips(seed: int, batch_size: int) -> Callable[[int], np.ndarray]:
+    """For each step, which places of the global batch jaxunet flips: bool [batch_size]."""
+
+    @jax.jit
+    def drawn(step: jax.Array) -> jax.Array:
+        keys = example_keys(jax.random.key(seed), step, jax.numpy.arange(batch_size))
+        return jax.vmap(jax.random.bernoulli)(keys)
+
+    return lambda step: np.asarray(drawn(jax.numpy.int32(step)))
+
+
+def train_pytorch(
+    config: Config, train_source: Source, validation_source: Source, *, progress: bool = True
+) -> Training:
+    """Train the reference in PyTorch by its protocol: BCE, Adam, every image once an epoch.
+
+    Raises:
+        ConfigError: the configuration is not the reference's in more than its sizes.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_pytorch_unet(config.model)
+    order = Order(len(train_source), config.train.batch_size, config.train.seed)
+    steps = order.batches_per_epoch * config.train.epochs
+    recipe = make_recipe(config, steps)
+    initial = jax.device_get(jax.jit(partial(init_state, recipe))().variables)
+    weights = state_dict_from_variables(config.model, initial, "reference")
+    model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
+    flip = flips(config.train.seed, config.train.batch_size)
+    batches = make_batches(train_source, config.data, order, steps)
+
+    losses: list[float] = []
+    epochs: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for epoch in range(config.train.epochs):
+        examples = 0
+        pending = []
+        bar = range(order.batches_per_epoch)
+        for _ in tqdm(bar, f"PyTorch epoch {epoch + 1}", leave=False, disable=not progress):
+            step = epoch * order.batches_per_epoch + len(pending)
+            images, masks = _tensors(next(batches), device, flip(step))
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(model(images), masks)
+            loss.backward()
+            optimizer.step()
+            pending.append((loss.detach(), len(images)))
+            examples += len(images)
+        epoch_losses = [float(loss) for loss, _ in pending]
+        losses += epoch_losses
+        total = sum(
+            loss * count for loss, (_, count) in zip(epoch_losses, pending, strict=True)
+        )
+        evaluated = _evaluate(model, validation_source, config, device)
+        epochs.append({"train_loss": total / examples, **evaluated})
+    seconds = time.perf_counter() - start
+    count = len(train_source) * config.train.epochs
+    return Training(losses, epochs, seconds, count / seconds)
+
+
+def _tensors(
+    batch: HostBatch, device: torch.device, flipped: np.ndarray | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The real examples of a batch, flipped and normalised: images and masks, NCHW."""
+    real = batch["weight"] > 0
+    images, masks = batch["image"][real], batch["mask"][real]
+    if flipped is not None:
+        chosen = flipped[: len(real)][real][:, None, None, None]
+        images = np.where(chosen, images[:, :, ::-1], images)
+        masks = np.where(chosen, masks[:, :, ::-1], masks)
+    # A permuted view of NHWC memory is PyTorch's channels_last.
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+    truth = torch.from_numpy(np.ascontiguousarray(masks)).to(device).permute(0, 3, 1, 2)
+    return (pixels.float() / 255 - 0.5) / 0.5, (truth > 0).float()
+
+
+@torch.no_grad()
+def _evaluate(
+    model: torch.nn.Module, source: Source, config: Config, device: torch.device
+) -> dict[str, Any]:
+    order = Order(len(source), config.train.eval_batch_size)
+    counts, losses = [], []
+    for batch in make_batches(source, config.data, order, order.batches_per_epoch):
+        images, masks = _tensors(batch, device)
+        logits = model(images)
+        prediction, truth = logits.sigmoid() > config.train.threshold, masks > 0
+        pairs = (
+            prediction & truth,
+            prediction & ~truth,
+            ~prediction & truth,
+            ~prediction & ~truth,
+        )
+        counts.append(torch.stack([pair.sum((1, 2, 3)) for pair in pairs], dim=1).cpu().numpy())
+        each = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+        losses.append(each.mean((1, 2, 3)).cpu().numpy())
+    return {
+        "loss": float(np.concatenate(losses).astype(np.float64).mean()),
+        "scores": scores(np.concatenate(counts)),
+    }
