@@ -139,7 +139,8 @@ def main() -> None:
         run["jaxunet"] = train_jaxunet(seeded, data)
         runs.append(run)
         write_json(path, result)  # after each seed: an interrupted run keeps the others
-    curves = {k: runs[0][k]["losses"] for k in ("pytorch", "jaxunet") if k in runs[0]}
+    frameworks = [name for name in ("pytorch", "jaxunet") if name in runs[0]]
+    curves: dict[str, list[float]] = {name: runs[0][name]["losses"] for name in frameworks}
     loss_comparison(
         curves,
         path.with_suffix(".png"),

@@ -70,7 +70,7 @@ def train_pytorch(
     initial = jax.device_get(jax.jit(partial(init_state, recipe))().variables)
     weights = state_dict_from_variables(config.model, initial, "reference")
     model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-    model = model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
     flip = flips(config.train.seed, config.train.batch_size)
     batches = make_batches(train_source, config.data, order, steps)
@@ -80,7 +80,7 @@ def train_pytorch(
     start = time.perf_counter()
     for epoch in range(config.train.epochs):
         examples = 0
-        pending = []
+        pending: list[tuple[torch.Tensor, int]] = []
         bar = range(order.batches_per_epoch)
         for _ in tqdm(bar, f"PyTorch epoch {epoch + 1}", leave=False, disable=not progress):
             step = epoch * order.batches_per_epoch + len(pending)

@@ -1,0 +1,62 @@
+import jax
+import numpy as np
+import pytest
+
+from jaxunet.augment import random_flip
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.data import prepare
+from jaxunet.errors import ConfigError
+from jaxunet.interop.pytorch_unet import make_pytorch_unet
+from jaxunet.interop.reproduction import flips, train_pytorch
+from jaxunet.run import read_metrics
+from jaxunet.training import train
+
+
+def test_both_frameworks_train_alike_from_the_same_start(tmp_path):
+    config = Config(
+        data=DataConfig(
+            image_size=32, prepared_dir=tmp_path, synthetic_train=20, synthetic_validation=6
+        ),
+        model=ModelConfig(width=4, depth=3),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        train=TrainConfig(epochs=3, batch_size=8, eval_batch_size=8, log_every=1),
+    )
+    data = prepare(config.data, progress=False)
+    theirs = train_pytorch(
+        config, data.source("train"), data.source("validation"), progress=False
+    )
+    ours = train(config, data, tmp_path / "run", show_progress=False)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [line["values"]["loss"] for line in lines if "grad_norm" in line["values"]]
+    assert len(losses) == 9
+    np.testing.assert_allclose(theirs.losses, losses, rtol=1e-3)
+    means = [v for line in lines if (v := line["values"].get("epoch_mean_loss"))]
+    assert [e["train_loss"] for e in theirs.epochs] == pytest.approx(means, rel=1e-3)
+    validation = [line["values"] for line in lines if line["split"] == "validation"]
+    assert [e["loss"] for e in theirs.epochs] == pytest.approx(
+        [v["loss"] for v in validation], rel=1e-3
+    )
+    found, expected = theirs.epochs[-1]["scores"], ours.summary["scores"]
+    assert found["per_image"] == pytest.approx(expected["per_image"], abs=5e-3)
+
+
+def test_the_flips_are_those_of_the_training_step():
+    images = np.arange(2, dtype=np.uint8)[None, None, :, None] * np.ones((8, 2, 1, 3), np.uint8)
+    from jaxunet.augment import example_keys
+
+    drawn = flips(seed=3, batch_size=8)
+    seen = []
+    for step in range(4):
+        keys = example_keys(jax.random.key(3), jax.numpy.int32(step), jax.numpy.arange(8))
+        flipped, _ = random_flip(
+            keys, jax.numpy.asarray(images), jax.numpy.asarray(images[..., :1])
+        )
+        expected = np.asarray(flipped)[:, 0, 0, 0] == 1
+        np.testing.assert_array_equal(drawn(step), expected)
+        seen += expected.tolist()
+    assert 4 < sum(seen) < 28
+
+
+def test_a_design_without_a_pytorch_side_is_refused():
+    with pytest.raises(ConfigError, match="Only the reference design"):
+        make_pytorch_unet(ModelConfig(norm="batch"))
