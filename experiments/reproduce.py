@@ -128,7 +128,7 @@ def main() -> None:
         "runs": runs,
         "config": to_dict(config),
         "command": command_line(),
-        **environment(),
+        **environment(*(["torch"] if arguments.against == "pytorch" else [])),
     }
     path = arguments.out / f"{arguments.name}.json"
     for seed in arguments.seeds:

@@ -36,8 +36,12 @@ CONTINUABLE = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Versions, devices and code of this process, for a record of what was run."""
+def environment(*others: str) -> dict[str, Any]:
+    """Versions, devices and code of this process, for a record of what was run.
+
+    Args:
+        others: packages to name beside jaxunet's own.
+    """
     packages = (
         "jaxunet",
         "jax",
@@ -47,6 +51,7 @@ def environment() -> dict[str, Any]:
         "orbax-checkpoint",
         "grain",
         "numpy",
+        *others,
     )
     devices = jax.devices()
     return {
@@ -60,9 +65,24 @@ def environment() -> dict[str, Any]:
             "count": len(devices),
             "processes": jax.process_count(),
         },
-        "host": {"machine": platform.machine(), "cores": os.cpu_count()},
+        "host": {"machine": platform.machine(), "cpu": _cpu_model(), "cores": usable_cores()},
         "git_commit": _git_commit(),
     }
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), None)
 
 
 def _git_commit() -> str | None:

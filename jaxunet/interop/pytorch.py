@@ -1,4 +1,4 @@
-"""jaxunet's variables as a PyTorch state dict."""
+"""PyTorch state dicts to and from jaxunet's variables, tensor by tensor, bit for bit."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,27 +6,115 @@ from typing import Any
 import numpy as np
 
 from jaxunet.config import ModelConfig
-from jaxunet.interop.layouts import LayoutName, entries
+from jaxunet.errors import DataError
+from jaxunet.interop.layouts import Entry, LayoutName, entries, recognize
+from jaxunet.interop.weight_files import State
+
+LISTED = 12  # problems that a message names before it only counts them
+
+# NumPy axes that bring PyTorch's kernel to jaxunet's [height, width, in, out]. PyTorch's are
+# [out, in, height, width], of transposed convolutions [in, out, height, width]. Neither
+# framework turns a kernel round.
+_AXES = {"conv": (2, 3, 1, 0), "transposed": (2, 3, 0, 1)}
+
+
+def _to_variable(entry: Entry, tensor: np.ndarray) -> np.ndarray:
+    if entry.kind == "head":  # a 1x1 convolution, kept as a matrix [in, out]
+        tensor = tensor[:, :, 0, 0].T
+    elif entry.kind in _AXES:
+        tensor = tensor.transpose(_AXES[entry.kind])
+    return np.array(tensor, np.float32, order="C")
+
+
+def _to_tensor(entry: Entry, variable: np.ndarray) -> np.ndarray:
+    if entry.kind == "head":
+        variable = variable.T[:, :, None, None]
+    elif entry.kind in _AXES:
+        variable = variable.transpose(np.argsort(_AXES[entry.kind]))
+    return np.array(variable, np.float32, order="C")
+
+
+def variables_from_state_dict(
+    state: State,
+) -> tuple[ModelConfig, LayoutName, dict[str, Any]]:
+    """The configuration, layout and variables that a PyTorch state dict stands for.
+
+    Batch norm's `num_batches_tracked` has no variable: see `counters`.
+
+    Raises:
+        DataError: the layout is unknown, or keys are missing, left over or of the wrong
+            shape or type; all are named, with what was expected.
+    """
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    layout, config = recognize(shapes)
+    expected = {entry.name: entry for entry in entries(layout, config)}
+    problems = []
+    for name, entry in expected.items():
+        if name not in state:
+            problems.append(f"{name} is missing, expected {list(entry.shape)}")
+        elif shapes[name] != entry.shape:
+            found = list(shapes[name])
+            problems.append(f"{name} is {found}, expected {list(entry.shape)}")
+        elif (state[name].dtype.kind == "f") == (entry.kind == "counter"):
+            kind = "integer" if entry.kind == "counter" else "floating point"
+            problems.append(f"{name} is {state[name].dtype}, expected {kind}")
+    problems += [f"{name} is left over" for name in state if name not in expected]
+    if problems:
+        more = len(problems) - LISTED
+        raise DataError(
+            f"These weights look like the {layout} layout with width {config.width} and "
+            f"{config.depth} levels, but: {'; '.join(problems[:LISTED])}"
+            + (f"; and {more} more." if more > 0 else ".")
+        )
+    variables: dict[str, Any] = {}
+    for entry in expected.values():
+        if entry.path:
+            *folders, leaf = entry.path
+            place = variables
+            for folder in folders:
+                place = place.setdefault(folder, {})
+            place[leaf] = _to_variable(entry, state[entry.name])
+    return config, layout, variables
+
+
+def counters(state: State) -> dict[str, int]:
+    """Batch norm's counts of training batches (`num_batches_tracked`), by name.
+
+    PyTorch uses them only where `momentum=None`, so jaxunet has none; an imported run keeps
+    them beside its weights, for export.
+    """
+    return {
+        name: int(value)
+        for name, value in state.items()
+        if name.endswith(".num_batches_tracked")
+    }
 
 
 def state_dict_from_variables(
-    config: ModelConfig, variables: Mapping[str, Any], layout: LayoutName
-) -> dict[str, np.ndarray]:
-    """Every tensor of the layout's state dict, with PyTorch's names and shapes."""
+    config: ModelConfig,
+    variables: Mapping[str, Any],
+    layout: LayoutName,
+    *,
+    counted: Mapping[str, int] | None = None,
+    steps: int = 0,
+) -> State:
+    """The PyTorch state dict, in PyTorch's order, of a model's variables.
+
+    Gradients, which have the tree of `params`, become PyTorch's `.grad`s likewise.
+
+    Args:
+        config: of the model; `layout_of(config)` is its layout.
+        counted: what `counters` gave at import, if the weights were imported.
+        steps: training batches since then, added to each counter.
+    """
     state = {}
     for entry in entries(layout, config):
         if entry.kind == "counter":
-            state[entry.name] = np.zeros((), np.int64)
+            before = (counted or {}).get(entry.name, 0)
+            state[entry.name] = np.array(before + steps, np.int64)
             continue
-        value: Any = variables
+        leaf: Any = variables
         for key in entry.path:
-            value = value[key]
-        array = np.asarray(value)
-        if entry.kind == "conv":
-            array = array.transpose(3, 2, 0, 1)
-        elif entry.kind == "transposed":
-            array = array.transpose(2, 3, 0, 1)
-        elif entry.kind == "head":
-            array = array.T[:, :, None, None]
-        state[entry.name] = np.ascontiguousarray(array)
+            leaf = leaf[key]
+        state[entry.name] = _to_tensor(entry, np.asarray(leaf))
     return state

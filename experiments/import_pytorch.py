@@ -1,0 +1,43 @@
+"""A run from PyTorch weights: `python experiments/import_pytorch.py WEIGHTS --out RUN`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from command_line import parse, run_script
+
+from jaxunet.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from jaxunet.interop.runs import import_weights
+
+
+@dataclass(frozen=True)
+class Arguments:
+    weights: Annotated[Path, tyro.conf.Positional]
+    """PyTorch weights, .pth, .pt or .safetensors, of the reference design or of
+    milesial/Pytorch-UNet; no code in them is run."""
+    out: Path
+    """Run directory to make."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="isic2018"))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main() -> None:
+    arguments = parse(Arguments, "Make a run directory from PyTorch weights.")
+    config, layout = import_weights(
+        arguments.weights,
+        arguments.out,
+        Config(data=arguments.data, optimizer=arguments.optimizer, train=arguments.train),
+    )
+    model = config.model
+    print(
+        f"Imported:   {arguments.weights}, {layout} layout: width {model.width}, "
+        f"{model.depth} levels, {model.upsampling} upsampling, {model.num_logits} logit(s)"
+    )
+    print(f"Run:        {arguments.out}, for images of {config.data.image_size} px")
+    print(f"Next:       python experiments/predict.py {arguments.out} IMAGES --out MASKS")
+
+
+if __name__ == "__main__":
+    run_script(main)
