@@ -105,18 +105,25 @@ def test_each_skip_connection_changes_the_output_as_it_does_in_pytorch(make):
     model = enliven(make())
     images = pictures(1, 50, 43)
     config, _, variables = variables_from_state_dict(arrays(model))
-    whole = theirs(model, images)
-    for level in range(config.depth - 1):
+    levels = config.depth - 1
 
-        def zero_skip(call, args, kwargs, context, level=level):
+    @jax.jit
+    def apply(variables, images, kept):
+        def scale_skip(call, args, kwargs, context):
             module = context.module
-            if isinstance(module, DecoderLevel) and module.name == f"level_{level}":
+            if isinstance(module, DecoderLevel):
                 x, skip, weight = args
-                args = (x, jnp.zeros_like(skip), weight)
+                args = (x, skip * kept[int(module.name.removeprefix("level_"))], weight)
             return call(*args, **kwargs)
 
-        with nn.intercept_methods(zero_skip):
-            found = np.asarray(make_unet(config).apply(variables, images))
+        with nn.intercept_methods(scale_skip):
+            return make_unet(config).apply(variables, images)
+
+    whole = np.asarray(apply(variables, images, np.ones(levels, np.float32)))
+    assert_same_logits(whole, theirs(model, images))
+    for level in range(levels):
+        kept = np.where(np.arange(levels) == level, 0, 1).astype(np.float32)
+        found = np.asarray(apply(variables, images, kept))
         assert np.abs(found - whole).max() > 0.01 * np.abs(whole).max(), f"skip {level}"
         assert_same_logits(found, theirs(model, images, without_skip=level))
 
@@ -168,42 +175,55 @@ def blobs(batch: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return images, (255 * disc[..., None]).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(
     "make",
     [lambda: ReferenceUNet(8), lambda: MilesialUNet(8, 4, bilinear=True).train()],
     ids=["reference", "milesial"],
 )
-def test_gradients_of_every_parameter_are_pytorchs(make, name):
+def test_gradients_of_every_parameter_are_pytorchs_for_every_loss(make):
     model = make()
     training = model.training and isinstance(model, MilesialUNet)
-    enliven(model).train(training)
+    # With seed 0 a unit of milesial's lies so near ReLU's kink that float32 cannot tell on
+    # which side, and its gradient with it.
+    enliven(model, seed=1).train(training)
     config, layout, variables = variables_from_state_dict(arrays(model))
     raw, masks = blobs(2, 64, seed=1)
     images = (raw / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
     truth = (masks > 0).astype(np.float32)
 
-    def loss(params):
+    def apply(params):
         logits, _ = make_unet(config).apply(
-            {**variables, "params": params}, images, train=training, mutable=["batch_stats"]
+            {**variables, "params": params},
+            jnp.asarray(images),
+            train=training,
+            mutable=["batch_stats"],
         )
-        return LOSSES[name](lesion_logits(logits), jnp.asarray(truth)).mean()
+        return lesion_logits(logits)
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])
-    found = state_dict_from_variables(config, {**variables, "params": gradients}, layout)
+    # The chain rule by hand, so that the model is compiled once for all losses.
+    our_logits = jax.jit(apply)(variables["params"])
+    pull_back = jax.jit(lambda params, gradient: jax.vjp(apply, params)[1](gradient)[0])
 
     logits = model(to_torch(images))
     if config.num_logits == 2:
         logits = logits[:, 1:] - logits[:, :1]
-    pairs = zip(logits, to_torch(truth), strict=True)
-    expected = torch.stack([smp_loss(name, *pair) for pair in pairs]).mean()
-    expected.backward()
-    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
-    for key, parameter in model.named_parameters():
-        gradient = parameter.grad.numpy()
-        size = np.linalg.norm(gradient)
-        assert size > 0, key
-        assert np.linalg.norm(found[key] - gradient) <= 1e-3 * size, key
+    for name, loss in LOSSES.items():
+        value, gradient = jax.value_and_grad(
+            lambda logits, loss=loss: loss(logits, jnp.asarray(truth)).mean()
+        )(our_logits)
+        gradients = pull_back(variables["params"], gradient)
+        found = state_dict_from_variables(config, {**variables, "params": gradients}, layout)
+
+        pairs = zip(logits, to_torch(truth), strict=True)
+        expected = torch.stack([smp_loss(name, *pair) for pair in pairs]).mean()
+        model.zero_grad()
+        expected.backward(retain_graph=True)
+        assert float(value) == pytest.approx(expected.item(), rel=1e-5), name
+        for key, parameter in model.named_parameters():
+            size = np.linalg.norm(parameter.grad.numpy())
+            assert size > 0, (name, key)
+            error = np.linalg.norm(found[key] - parameter.grad.numpy())
+            assert error <= 1e-3 * size, (name, key)
 
 
 STEPS = 50
