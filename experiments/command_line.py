@@ -13,6 +13,7 @@ from rich.table import Table
 
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError, JaxUNetError
+from jaxunet.startup import start
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run `main`; a user's mistake becomes one paragraph on stderr and exit status 1."""
     # XLA's and TensorFlow's start-up chatter is not for the user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    start()
     try:
         status = main() or 0
     except JaxUNetError as error:
