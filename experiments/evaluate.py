@@ -15,6 +15,7 @@ from jaxunet.challenge import evaluate_native, originals
 from jaxunet.config import Config, to_dict
 from jaxunet.data import prepare
 from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
+from jaxunet.feed import Feed
 from jaxunet.files import write_json
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.prediction import zip_masks
@@ -82,11 +83,11 @@ def main() -> None:
             zip_masks(arguments.run / name, arguments.run / f"{name}.zip")
     else:
         data = prepare(config.data)
+        feed = Feed(strategy, data.source(arguments.split), config.data)
         evaluation = evaluate(
-            strategy,
-            strategy.compile(partial(eval_step, model.recipe), outputs="replicated"),
+            feed,
+            feed.compile(partial(eval_step, model.recipe), outputs="replicated"),
             strategy.replicate(model.variables),
-            data.source(arguments.split),
             config,
         )
         dataset = describe_split(data, arguments.split, config.data.image_size)

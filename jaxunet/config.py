@@ -57,8 +57,9 @@ class DataConfig:
     """Split to validate on."""
     loader: Literal["grain", "tfdata"] = "grain"
     """Input pipeline: Grain, or tf.data (needs the extra `[tf]`)."""
-    cache: Literal["none", "host"] = "none"
-    """`host` keeps decoded images in memory after they are first read."""
+    cache: Literal["none", "host", "device"] = "none"
+    """`host` keeps decoded images in memory after they are first read; `device` keeps each
+    split in the memory of every device (2,594 images of 256 px are 680 MB)."""
     workers: int = 0
     """Worker processes that read and decode (0: threads of the main process). Grain only."""
     binarize: bool = False
@@ -78,10 +79,10 @@ class DataConfig:
             require_at_least("data.stored_size", self.stored_size, 1)
         require_at_least("data.workers", self.workers, 0)
         require(
-            not (self.cache == "host" and self.workers),
+            not (self.cache != "none" and self.workers),
             "data.workers",
             self.workers,
-            "0 with data.cache 'host', which reads in the main process",
+            f"0 with data.cache {self.cache!r}, which reads in the main process",
         )
         require_at_least("data.synthetic_seed", self.synthetic_seed, 0)
         require_at_least("data.folder_split_seed", self.folder_split_seed, 0)

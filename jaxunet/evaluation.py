@@ -13,9 +13,9 @@ from tqdm import tqdm
 from jaxunet.config import Config
 from jaxunet.data import Prepared
 from jaxunet.data.order import Order
-from jaxunet.data.pipeline import Source, make_batches
+from jaxunet.feed import Feed
 from jaxunet.metrics import scores
-from jaxunet.parallel import Step, Strategy
+from jaxunet.parallel import Step
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,37 @@ class Evaluation:
 
 
 def evaluate(
-    strategy: Strategy,
+    feed: Feed,
     compiled_eval: Step,
     variables: Any,
-    source: Source,
     config: Config,
     *,
     progress: bool = True,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Run the compiled eval step over all of `source`.
+    """Run the compiled eval step over all of a split.
 
     Args:
-        compiled_eval: `strategy.compile` of `jaxunet.steps.eval_step`.
-        variables: placed by `strategy`.
+        compiled_eval: `feed.compile` of `jaxunet.steps.eval_step`.
+        variables: placed by the feed's strategy.
         check_stop: called between batches; may raise to stop.
     """
     start = time.perf_counter()
     order = Order(
-        len(source),
+        len(feed),
         config.train.eval_batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
     total = order.batches_per_epoch
-    batches = make_batches(source, config.data, order, total)
+    batches = feed.batches(order, total)
     results = []
     for batch in tqdm(batches, "evaluate", total, disable=not progress, leave=False):
         check_stop()
-        results.append(compiled_eval(variables, strategy.split(batch)))
-    host = [strategy.fetch(result) for result in results]
-    counts = np.concatenate([r["counts"] for r in host])[: len(source)].astype(np.int64)
-    loss = np.concatenate([r["loss"] for r in host])[: len(source)].astype(np.float64)
+        results.append(compiled_eval(variables, feed.place(batch)))
+    host = [feed.strategy.fetch(result) for result in results]
+    counts = np.concatenate([r["counts"] for r in host])[: len(feed)].astype(np.int64)
+    loss = np.concatenate([r["loss"] for r in host])[: len(feed)].astype(np.float64)
     return Evaluation(counts, float(loss.mean()), time.perf_counter() - start)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxunet.errors import ConfigError
 from jaxunet.steps import AXIS
 
-Step = Callable[[Any, Any], Any]
+Step = Callable[..., Any]
 Outputs = Literal["replicated", "split"]
 
 
@@ -33,8 +33,15 @@ class Strategy(Protocol):
         """Place this process's rows of a global batch on its devices."""
         ...
 
-    def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
-        """A compiled `step(replicated, split)`; `donate` gives it the first one's memory."""
+    def compile(
+        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
+    ) -> Step:
+        """A compiled `step(replicated, split, *constants)`.
+
+        Args:
+            donate: give the step the memory of its first argument.
+            constants: how many more replicated arguments there are; they are never donated.
+        """
         ...
 
     def fetch(self, tree: Any) -> Any:
@@ -72,15 +79,17 @@ class Pmap:
             lambda x: self._put(x.reshape(count, len(x) // count, *x.shape[1:])), batch
         )
 
-    def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
-        del outputs  # the leading axis carries both kinds
+    def compile(
+        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
+    ) -> Step:
+        del outputs, constants  # the leading axis carries every kind
         return jax.pmap(step, AXIS, devices=self.devices, donate_argnums=(0,) if donate else ())
 
     def fetch(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)
+        return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data)[0], tree)
 
     def gather(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
+        return jax.tree.map(lambda x: _to_host(x).reshape(-1, *x.shape[2:]), tree)
 
 
 @dataclass(frozen=True)
@@ -105,25 +114,35 @@ class ShardMap:
             lambda x: jax.make_array_from_process_local_data(sharding, x), batch
         )
 
-    def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
+    def compile(
+        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
+    ) -> Step:
         # check_vma would insert the sum over devices into the gradient by itself, which
         # pmap does not; without it, one step serves both.
         mapped = jax.shard_map(
             step,
             mesh=self._mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS), *[PartitionSpec()] * constants),
             out_specs=PartitionSpec() if outputs == "replicated" else PartitionSpec(AXIS),
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=(0,) if donate else ())
 
     def fetch(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data), tree)
+        return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data), tree)
 
     def gather(self, tree: Any) -> Any:
         return jax.tree.map(
-            lambda x: np.concatenate([s.data for s in _in_order(x.addressable_shards)]), tree
+            lambda x: np.concatenate(
+                [_to_host(s.data) for s in _in_order(x.addressable_shards)]
+            ),
+            tree,
         )
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    """A copy by an explicit transfer, which `jax.transfer_guard("disallow")` lets pass."""
+    return np.array(jax.device_get(array))
 
 
 def _in_order(shards: Sequence[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import platformdirs
@@ -51,9 +52,10 @@ def use_compilation_cache() -> Path | None:
     Returns:
         The folder, or None where it is off or cannot be written to.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config
+    if not settings.jax_enable_compilation_cache:
         return None
-    if not jax.config.jax_compilation_cache_dir:
+    if not settings.jax_compilation_cache_dir:
         folder = platformdirs.user_cache_path("jaxunet") / "xla"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,4 +66,4 @@ def use_compilation_cache() -> Path | None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Small programs too: a start runs dozens of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return Path(jax.config.jax_compilation_cache_dir)
+    return Path(settings.jax_compilation_cache_dir)

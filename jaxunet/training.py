@@ -19,10 +19,10 @@ from tqdm import tqdm
 from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, to_dict
 from jaxunet.data.order import Order
-from jaxunet.data.pipeline import Batches, InMemory, Source, make_batches
 from jaxunet.data.prepare import Prepared
 from jaxunet.errors import RunError
 from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
+from jaxunet.feed import Feed
 from jaxunet.files import write_json
 from jaxunet.optim import make_schedule
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
@@ -98,14 +98,13 @@ class Trainer:
         check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
         self.config, self.data, self.run = config, data, run
         self.show_progress = show_progress
-        self.train_source: Source = data.source(config.data.train_split)
-        self.validation_source: Source = data.source(config.data.validation_split)
-        if config.data.cache == "host":
-            size = config.data.image_size
-            self.train_source = InMemory(self.train_source, size)
-            self.validation_source = InMemory(self.validation_source, size)
+        self.strategy: Strategy = make_strategy(parallel)
+        self.train_feed, self.validation_feed = (
+            Feed(self.strategy, data.source(split), config.data, progress=show_progress)
+            for split in (config.data.train_split, config.data.validation_split)
+        )
         self.order = Order(
-            len(self.train_source),
+            len(self.train_feed),
             config.train.batch_size,
             config.train.seed,
             jax.process_index(),
@@ -116,16 +115,13 @@ class Trainer:
         self.schedule = make_schedule(
             config.optimizer, max(1, self.total_steps // config.optimizer.accumulate_steps)
         )
-        self.strategy: Strategy = make_strategy(parallel)
-        self.train_step = self.strategy.compile(
+        self.train_step = self.train_feed.compile(
             partial(train_step, self.recipe), outputs="replicated", donate=True
         )
-        self.eval_step = self.strategy.compile(
+        self.eval_step = self.validation_feed.compile(
             partial(eval_step, self.recipe), outputs="replicated"
         )
-        self.batches: Batches = make_batches(
-            self.train_source, config.data, self.order, self.total_steps
-        )
+        self.batches = self.train_feed.batches(self.order, self.total_steps)
         self.progress = Progress()
         self.first_step = 0
 
@@ -188,8 +184,9 @@ class Trainer:
             )
             with bar:
                 while step < last:
-                    batch = self.strategy.split(next(self.batches))
-                    state, metrics = self.train_step(state, batch)
+                    batch = next(self.batches)
+                    with jax.transfer_guard("disallow"):  # but for what is asked for
+                        state, metrics = self.train_step(state, self.train_feed.place(batch))
                     step += 1
                     self._losses.append((step, metrics))
                     self._collect(STEPS_IN_FLIGHT, bar)
@@ -269,10 +266,9 @@ class Trainer:
         self, state: Any, check_stop: Callable[[], None] = lambda: None
     ) -> Evaluation:
         return evaluate(
-            self.strategy,
+            self.validation_feed,
             self.eval_step,
             state.variables,
-            self.validation_source,
             self.config,
             progress=self.show_progress,
             check_stop=check_stop,
@@ -313,7 +309,7 @@ class Trainer:
             step=step,
             epoch=self.config.train.epochs,
             wall_seconds=seconds,
-            images_per_second=len(self.train_source) * self.config.train.epochs / seconds,
+            images_per_second=len(self.train_feed) * self.config.train.epochs / seconds,
         )
         summary["best"] = {
             "metric": self.config.train.best_metric,
@@ -328,7 +324,7 @@ class Trainer:
             self.run.path,
             compile_probabilities(self.strategy, self.recipe, state.variables),
             evaluation.counts,
-            self.validation_source,
+            self.validation_feed.source,
             image_size=self.config.data.image_size,
             batch_size=self.config.train.eval_batch_size,
             threshold=self.config.train.threshold,

@@ -107,6 +107,22 @@ def test_a_run_stopped_anywhere_and_resumed_ends_bit_identical(
     assert found.summary["scores"] == expected.summary["scores"]
 
 
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+@pytest.mark.parametrize("cache", ["host", "device"])
+def test_a_cached_run_is_bit_identical_and_resumes(
+    cache, parallel, config, data, unbroken, tmp_path
+):
+    expected_run, expected = unbroken[parallel]
+    cached = replace(config, data=replace(config.data, cache=cache))
+    train_until(4, cached, data, tmp_path / "run", parallel)
+    found = train(
+        cached, data, tmp_path / "run", resume=True, parallel=parallel, show_progress=False
+    )
+    assert_same_state(found.state, expected.state)
+    assert lines(tmp_path / "run") == lines(expected_run)
+    assert found.summary["scores"] == expected.summary["scores"]
+
+
 def test_a_run_with_worker_processes_resumes_bit_identical(config, data, unbroken, tmp_path):
     config = replace(config, data=replace(config.data, workers=2))
     train_until(2, config, data, tmp_path / "run")

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
+from jaxtyping import Integer
 
 from jaxunet.config import DataConfig
 from jaxunet.data.images import resize_image, resize_mask
@@ -27,7 +27,7 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
-HostBatch = dict[str, UInt8[np.ndarray, "batch ..."]]
+HostBatch = dict[str, Integer[np.ndarray, "batch ..."]]
 
 THREADS = 4
 PREFETCHED_BATCHES = 4
