@@ -189,6 +189,55 @@ def loss_comparison(
     _save(figure, path)
 
 
+def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw what `experiments/benchmark.py` measured to the PNG file `path`.
+
+    Of one point, the time of a step of each contestant; of a sweep, the time of a training
+    step at each point. Bars are medians, whiskers the quartiles.
+
+    Args:
+        points: the result's `points`.
+    """
+    bars: list[tuple[str, dict[str, Any], str]] = []
+    for point in points:
+        setting = point["setting"]
+        name = (
+            f"width {setting['width']}, {setting['image_size']} px, "
+            f"batch {setting['batch_size']}, {setting['dtype']}"
+        )
+        for mode in ("train", "eval", "predict"):
+            if mode in point and (len(points) == 1 or mode == "train"):
+                before = f"{name}\n" if len(points) > 1 else f"{mode}: "
+                bars.append((f"{before}jaxunet", point[mode]["jaxunet"], BLUE))
+                for form, found in point[mode].get("pytorch", {}).items():
+                    bars.append((f"{before}PyTorch {form}", found, ORANGE))
+        if len(points) == 1:
+            if "pipeline" in point:
+                bars.append(("input pipeline alone", point["pipeline"], GREEN))
+            for cache, found in point.get("training", {}).items():
+                bars.append((f"training, cache {cache}", found, GREEN))
+    figure = Figure(figsize=(8, 1.2 + 0.38 * max(1, len(bars))), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, found, colour) in enumerate(bars):
+        median = 1e3 * found["step_seconds"]["median"]
+        low, high = (1e3 * x for x in found["step_seconds"]["quartiles"])
+        axes.barh(place, median, color=colour, height=0.7)
+        axes.plot([low, high], [place, place], color=BLACK, linewidth=2)
+        axes.annotate(
+            f"{median:.3g}",
+            (max(median, high), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    _finish(axes, title, "milliseconds a step", "")
+    _save(figure, path)
+
+
 def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
     """Draw the table image | ground truth | prediction | overlay to the PNG file `path`.
 

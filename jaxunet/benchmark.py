@@ -1,0 +1,297 @@
+"""How long a step takes: contestants timed in turn, round by round, in one process.
+
+Rounds alternate between contestants and reverse their order each time, so that a machine
+that slows down or speeds up does so for all of them alike.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxunet.config import Config
+from jaxunet.data.order import Order
+from jaxunet.data.pipeline import Source
+from jaxunet.feed import Feed
+from jaxunet.flops import forward_flops, train_flops
+from jaxunet.parallel import Step, Strategy
+from jaxunet.steps import (
+    Recipe,
+    eval_step,
+    init_state,
+    make_recipe,
+    predict_step,
+    train_step,
+)
+from jaxunet.training import STEPS_IN_FLIGHT
+
+Mode = Literal["train", "eval", "predict"]
+MODES: tuple[Mode, ...] = ("train", "eval", "predict")
+
+
+class Contestant(Protocol):
+    """Something to be timed."""
+
+    def __call__(self, steps: int) -> None:
+        """Do `steps` steps, and return when the last one is finished."""
+        ...
+
+
+def time_rounds(
+    contestants: Mapping[str, Contestant], rounds: int, seconds_per_round: float
+) -> dict[str, list[float]]:
+    """Seconds a step of each contestant in each of `rounds` rounds.
+
+    Contestants must be warm. A round does as many steps as take about
+    `seconds_per_round`, at least one.
+    """
+    steps = {}
+    for name, run in contestants.items():
+        start = time.perf_counter()
+        run(1)
+        steps[name] = max(1, round(seconds_per_round / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in list(contestants)[:: -1 if number % 2 else 1]:
+            start = time.perf_counter()
+            contestants[name](steps[name])
+            times[name].append((time.perf_counter() - start) / steps[name])
+    return times
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles, least, and number of values."""
+    first, median, third = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return {
+        "median": median,
+        "quartiles": [first, third],
+        "least": min(values),
+        "rounds": len(values),
+    }
+
+
+def describe(times: Sequence[float], images: int, flops: float = 0) -> dict[str, Any]:
+    """One contestant's times with what follows from them.
+
+    Args:
+        images: in a step's global batch.
+        flops: of a step; 0 where that means nothing.
+    """
+    result = {"step_seconds": spread(times)}
+    median = result["step_seconds"]["median"]
+    result["images_per_second"] = images / median
+    if flops:
+        result["flops_per_step"] = flops
+        result["flops_per_second"] = flops / median
+    return result
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """Times over another's, round by round; below 1 where the first is ahead."""
+    return spread([a / b for a, b in zip(times, others, strict=True)])
+
+
+def matmul_rate(dtype: str, device: jax.Device, seconds: float = 0.3) -> dict[str, Any]:
+    """Operations a second of square matrix products on one device: what it can do at best.
+
+    The best of several sizes, each the median of rounds of about `seconds`.
+    """
+    sizes = (512, 1024, 2048) if device.platform == "cpu" else (4096, 8192, 16384)
+    best: tuple[float, int] = (0.0, 0)
+    product = jax.jit(jnp.matmul)
+    for size in sizes:
+        key = jax.random.key(0)
+        x = jax.device_put(jax.random.normal(key, (size, size), jnp.dtype(dtype)), device)
+
+        def run(steps: int, x: jax.Array = x) -> None:
+            results = [product(x, x) for _ in range(steps)]
+            jax.block_until_ready(results[-1])
+
+        run(1)
+        times = time_rounds({"product": run}, 5, seconds)["product"]
+        rate = 2 * size**3 / spread(times)["median"]
+        best = max(best, (rate, size))
+    return {"flops_per_second": best[0], "size": best[1], "dtype": dtype}
+
+
+def random_batch(config: Config, batch_size: int) -> dict[str, np.ndarray]:
+    """A seeded batch with nothing in it to learn: the time of a step doesn't depend on it."""
+    rng = np.random.default_rng(0)
+    side = config.data.image_size
+    return {
+        "image": rng.integers(0, 256, (batch_size, side, side, 3), np.uint8),
+        "mask": rng.integers(0, 2, (batch_size, side, side, 1), np.uint8) * np.uint8(255),
+        "weight": np.ones(batch_size, np.uint8),
+    }
+
+
+def step_flops(config: Config, mode: Mode, batch_size: int) -> int:
+    """Operations of one step on a global batch; see `jaxunet.flops`."""
+    side = config.data.image_size
+    count = train_flops if mode == "train" else forward_flops
+    return batch_size * count(config.model, side, side)
+
+
+@dataclass
+class StepContestant:
+    """A compiled step on a batch that lies on the devices already.
+
+    Attributes:
+        compile_seconds: tracing and compilation, without the persistent cache.
+        warm_up_seconds: the first call.
+        program_bytes: memory of arguments, outputs and temporaries on a device.
+        loss: of the first training step.
+    """
+
+    step: Callable[[], Any]
+    compile_seconds: float
+    warm_up_seconds: float
+    program_bytes: int | None
+    loss: float | None
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            result = self.step()
+        jax.block_until_ready(result)
+
+
+def make_step(
+    strategy: Strategy, config: Config, mode: Mode, host_state: Any, batch_size: int
+) -> StepContestant:
+    """Compile one of jaxunet's steps and run it once.
+
+    Args:
+        host_state: a `TrainState` on the host, as of `initial_state`.
+    """
+    recipe = make_recipe(config, total_steps=1)
+    batch = strategy.split(random_batch(config, batch_size))
+    state = strategy.replicate(host_state)
+    step: Step
+    if mode == "train":
+        step = strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
+    elif mode == "eval":
+        step = strategy.compile(partial(eval_step, recipe), outputs="replicated")
+    else:
+        step = strategy.compile(partial(predict_step, recipe), outputs="split")
+        batch = batch["image"]
+    arguments = (state if mode == "train" else state.variables, batch)
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        start = time.perf_counter()
+        compiled: Any = step.lower(*arguments).compile()  # type: ignore[attr-defined]
+        compile_seconds = time.perf_counter() - start
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    held = [state]
+
+    def train_once() -> Any:
+        held[0], metrics = compiled(held[0], batch)
+        return metrics
+
+    def apply_once() -> Any:
+        return compiled(*arguments)
+
+    run = train_once if mode == "train" else apply_once
+    start = time.perf_counter()
+    first = jax.block_until_ready(run())
+    return StepContestant(
+        run,
+        compile_seconds,
+        time.perf_counter() - start,
+        _program_bytes(compiled),
+        float(strategy.fetch(first)["loss"]) if mode == "train" else None,
+    )
+
+
+def initial_state(config: Config) -> Any:
+    """The state that training starts from, on the host."""
+    recipe: Recipe = make_recipe(config, total_steps=1)
+    return jax.device_get(jax.jit(partial(init_state, recipe))())
+
+
+def make_pipeline(strategy: Strategy, config: Config, source: Source) -> Contestant:
+    """Batches from the source to the devices, and no step at all."""
+    feed, batches = _endless(strategy, config, source)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            placed = feed.place(next(batches))
+        jax.block_until_ready(placed)
+
+    run(1)
+    return run
+
+
+def make_training(
+    strategy: Strategy, config: Config, source: Source, host_state: Any
+) -> Contestant:
+    """The training loop: the real pipeline, the step, and the metrics fetched late."""
+    recipe = make_recipe(config, total_steps=1)
+    feed, batches = _endless(strategy, config, source)
+    step = feed.compile(partial(train_step, recipe), outputs="replicated", donate=True)
+    held = [strategy.replicate(host_state)]
+
+    def run(steps: int) -> None:
+        in_flight: deque[Any] = deque()
+        for _ in range(steps):
+            held[0], metrics = step(held[0], feed.place(next(batches)))
+            in_flight.append(metrics)
+            while len(in_flight) > STEPS_IN_FLIGHT:
+                strategy.fetch(in_flight.popleft())
+        jax.block_until_ready(held[0])
+
+    run(math.ceil(len(source) / config.train.batch_size))  # an epoch fills the host's cache
+    return run
+
+
+def _endless(strategy: Strategy, config: Config, source: Source) -> tuple[Feed, Any]:
+    feed = Feed(strategy, source, config.data, progress=False)
+    order = Order(len(source), config.train.batch_size, config.train.seed)
+    return feed, feed.batches(order, sys.maxsize // order.batch_size)
+
+
+def _program_bytes(compiled: Any) -> int | None:
+    try:
+        found = compiled.memory_analysis()
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return None
+    if found is None:
+        return None
+    shared = getattr(found, "alias_size_in_bytes", 0)
+    return int(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+        - shared
+    )
+
+
+def peak_memory(device: jax.Device) -> dict[str, int | None]:
+    """Peak bytes of the device (None where it doesn't tell) and of this process, so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {
+        "device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "process_bytes": process,
+    }
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The power of `sizes` that `values` grow with: slope of a line through the logarithms."""
+    slope, _ = np.polyfit(np.log(sizes), np.log(values), 1)
+    return float(slope)
+
+
+def with_model(config: Config, **changes: Any) -> Config:
+    """`config` with other fields of its model."""
+    return replace(config, model=replace(config.model, **changes))
