@@ -21,6 +21,7 @@ from jaxunet.run import command_line, environment, read_metrics
 from jaxunet.training import train
 
 REPORTED = {"dice": 0.8494, "iou": 0.7480}
+LABELS = {"pytorch": "PyTorch", "jaxunet": "jaxunet"}
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ def spread(values: list[float], digits: int = 4) -> str:
 
 def show(result: dict[str, Any]) -> None:
     """One table: reported, PyTorch here, jaxunet here."""
-    names = {"pytorch": "PyTorch here", "jaxunet": "jaxunet here"}
-    present = [name for name in names if result["runs"][0].get(name)]
+    present = [name for name in LABELS if result["runs"][0].get(name)]
     dataset = result["validation"]
     counts = f"{result['train']['count']} train, {dataset['count']} validation"
     unofficial = dataset["unofficial_splits"]
-    note = f"; NOT the official data ({unofficial})" if unofficial else ""
+    parts = ", ".join(f"{name} {counts}" for name, counts in unofficial.items())
+    note = f"; NOT the official data: {parts}" if unofficial else ""
     table = Table(title=f"{dataset['name']}: {counts}{note}", title_justify="left")
-    for column in ("", "reported", *(names[name] for name in present)):
+    for column in ("", "reported", *(f"{LABELS[name]} here" for name in present)):
         table.add_column(column, justify="right" if column else "left")
 
     def row(label: str, reported: str, value: Any, digits: int = 4) -> None:
@@ -139,12 +140,14 @@ def main() -> None:
         run["jaxunet"] = train_jaxunet(seeded, data)
         runs.append(run)
         write_json(path, result)  # after each seed: an interrupted run keeps the others
-    frameworks = [name for name in ("pytorch", "jaxunet") if name in runs[0]]
-    curves: dict[str, list[float]] = {name: runs[0][name]["losses"] for name in frameworks}
+    curves: dict[str, list[float]] = {
+        label: runs[0][name]["losses"] for name, label in LABELS.items() if name in runs[0]
+    }
     loss_comparison(
         curves,
         path.with_suffix(".png"),
-        f"Training loss: {config.train.epochs} epochs, width {config.model.width}, {size} px",
+        f"Training loss, seed {runs[0]['seed']}: {config.train.epochs} epochs, width "
+        f"{config.model.width}, {size} px",
     )
     show(result)
     print(f"Written: {path} and {path.with_suffix('.png')}")

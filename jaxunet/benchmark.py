@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,8 @@ Mode = Literal["train", "eval", "predict"]
 MODES: tuple[Mode, ...] = ("train", "eval", "predict")
 
 
-class Contestant(Protocol):
-    """Something to be timed."""
-
-    def __call__(self, steps: int) -> None:
-        """Do `steps` steps, and return when the last one is finished."""
-        ...
+Contestant = Callable[[int], None]
+"""Does as many steps as it is told, and returns when the last one is finished."""
 
 
 def time_rounds(
@@ -86,7 +82,7 @@ def describe(times: Sequence[float], images: int, flops: float = 0) -> dict[str,
         images: in a step's global batch.
         flops: of a step; 0 where that means nothing.
     """
-    result = {"step_seconds": spread(times)}
+    result: dict[str, Any] = {"step_seconds": spread(times)}
     median = result["step_seconds"]["median"]
     result["images_per_second"] = images / median
     if flops:

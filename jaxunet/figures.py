@@ -156,36 +156,39 @@ def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def loss_comparison(
-    curves: dict[str, list[float]], path: Path, title: str, xlabel: str = "step"
+    curves: dict[str, list[float]], path: Path, title: str, *, first: int = 60
 ) -> None:
     """Draw loss curves of several frameworks over each other to the PNG file `path`.
 
+    On the left the first steps as they are, on the right all of them as running means.
     Later curves are thinner and dashed, so that those that coincide can all be seen.
 
     Args:
-        curves: losses by the name that the legend gives them, the first at x = 1.
+        curves: losses of every step by the name that the legend gives them.
         path: where the picture goes; its folder is made.
         title: heading of the picture.
-        xlabel: what the losses are counted in.
+        first: number of steps on the left.
     """
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.subplots()
+    longest = max(map(len, curves.values()), default=0)
+    window = max(1, longest // 25)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(1, 2)
     colours = (SKY, VERMILLION, BLACK, GREEN, PURPLE, ORANGE)
     styles = ("-", "--", ":", "-.")
     for place, (name, losses) in enumerate(curves.items()):
-        axes.plot(
-            np.arange(1, len(losses) + 1),
-            losses,
-            color=colours[place % len(colours)],
-            linestyle=styles[place % len(styles)],
-            linewidth=3.5 if place == 0 else 1.5,
-            marker="o" if len(losses) <= 25 else None,
-            markersize=8 if place == 0 else 4,
-            label=name,
-        )
-    if max(map(len, curves.values()), default=0) <= 25:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _finish(axes, title, xlabel, "loss")
+        means = np.convolve(losses, np.full(window, 1 / window), "valid")
+        for axes, values, start in ((left, losses[:first], 1), (right, means, window)):
+            axes.plot(
+                np.arange(start, start + len(values)),
+                values,
+                color=colours[place % len(colours)],
+                linestyle=styles[place % len(styles)],
+                linewidth=3.5 if place == 0 else 1.5,
+                label=name,
+            )
+    _finish(left, f"the first {min(first, longest)} steps", "step", "loss")
+    _finish(right, f"mean of {window} steps", "step", "loss")
     _save(figure, path)
 
 

@@ -1,0 +1,158 @@
+import json
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_experiments import run as run_script
+
+from jaxunet import benchmark, conv
+from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.flops import forward_flops, layer_flops, train_flops
+from jaxunet.parallel import make_strategy
+from jaxunet.unet import make_unet
+
+
+def test_flops_of_a_tiny_model_are_those_of_a_count_by_hand():
+    """Width 2, two levels, 4 x 6 pixels: 24 at the top, 6 at the bottom."""
+    found = layer_flops(ModelConfig(width=2, depth=2), 4, 6)
+    assert found == {
+        "decoder/level_0/conv_0": 2 * 9 * 4 * 2 * 24,
+        "decoder/level_0/conv_1": 2 * 9 * 2 * 2 * 24,
+        "decoder/level_0/up": 2 * 4 * 4 * 2 * 6,
+        "encoder/level_0/conv_0": 2 * 9 * 3 * 2 * 24,
+        "encoder/level_0/conv_1": 2 * 9 * 2 * 2 * 24,
+        "encoder/level_1/conv_0": 2 * 9 * 2 * 4 * 6,
+        "encoder/level_1/conv_1": 2 * 9 * 4 * 4 * 6,
+        "head": 2 * 2 * 1 * 24,
+    }
+    first = 2 * 9 * 3 * 2 * 24
+    assert train_flops(ModelConfig(width=2, depth=2), 4, 6) == 3 * sum(found.values()) - first
+
+
+@pytest.mark.parametrize(
+    ("config", "height", "columns"),
+    [
+        (ModelConfig(width=16, depth=4), 128, 128),
+        (ModelConfig(width=16, depth=4), 100, 76),
+        (
+            ModelConfig(width=16, depth=4, skip="pad", upsampling="bilinear", num_logits=2),
+            100,
+            76,
+        ),
+    ],
+)
+def test_flops_are_xlas(config, height, columns, monkeypatch):
+    for rule in ("_winograd_pays", "_grouping_pays", "_row_blocks_pay"):
+        monkeypatch.setattr(conv, rule, lambda *_: False)
+    model = make_unet(config)
+    key = jax.random.key(0)
+    variables = jax.eval_shape(partial(model.init, key), jnp.zeros((1, 16, 16, 3)))
+    images = jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
+    analysis = jax.jit(model.apply).lower(variables, images).cost_analysis()
+    # XLA leaves out the products with padding, up to 8% at the bottom of so small an image,
+    # and counts biases, poolings and the like, about 1%.
+    assert analysis["flops"] == pytest.approx(forward_flops(config, height, columns), rel=0.07)
+
+
+def test_rounds_alternate_and_last_as_long_as_asked():
+    calls = []
+
+    def contestant(name, seconds):
+        def run(steps):
+            calls.append(name)
+            time.sleep(steps * seconds)
+
+        return run
+
+    slow, fast = contestant("slow", 0.02), contestant("fast", 0.01)
+    times = benchmark.time_rounds({"slow": slow, "fast": fast}, 4, 0.06)
+    assert calls[2:] == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
+    assert len(times["slow"]) == len(times["fast"]) == 4
+    assert np.median(times["slow"]) == pytest.approx(0.02, rel=0.3)
+    found = benchmark.ratio(times["slow"], times["fast"])
+    assert found["median"] == pytest.approx(2, rel=0.3)
+    assert found["quartiles"][0] <= found["median"] <= found["quartiles"][1]
+
+
+def test_a_description_follows_from_the_times():
+    found = benchmark.describe([0.5, 0.1, 0.2], images=8, flops=1e9)
+    assert found["step_seconds"]["median"] == 0.2
+    assert found["step_seconds"]["least"] == 0.1
+    assert found["images_per_second"] == pytest.approx(40)
+    assert found["flops_per_second"] == pytest.approx(5e9)
+
+
+def test_the_exponent_of_a_power_law_is_found():
+    sizes = [1, 2, 4, 8]
+    assert benchmark.exponent(sizes, [3 * s**1.5 for s in sizes]) == pytest.approx(1.5)
+
+
+def test_the_rate_of_matrix_products_is_that_of_numpy_within_reason():
+    found = benchmark.matmul_rate("float32", jax.devices()[0], seconds=0.05)
+    x = np.ones((1024, 1024), np.float32)
+    x @ x
+    start = time.perf_counter()
+    for _ in range(5):
+        x @ x
+    numpys = 5 * 2 * 1024**3 / (time.perf_counter() - start)
+    assert 0.1 < found["flops_per_second"] / numpys < 10
+
+
+@pytest.mark.parametrize("mode", benchmark.MODES)
+def test_a_step_is_compiled_timed_and_counted(mode):
+    config = Config(
+        data=DataConfig(image_size=16),
+        model=ModelConfig(width=2, depth=2),
+        train=TrainConfig(augment="none"),
+    )
+    strategy = make_strategy("jit", jax.devices()[:1])
+    found = benchmark.make_step(strategy, config, mode, benchmark.initial_state(config), 3)
+    assert found.compile_seconds > 0
+    assert found.program_bytes > 3 * 16 * 16 * 3
+    assert (found.loss is not None) == (mode == "train")
+    found(2)
+    one = benchmark.step_flops(config, mode, 1)
+    assert benchmark.step_flops(config, mode, 3) == 3 * one
+
+
+def test_the_script_measures_against_pytorch_and_sweeps(tmp_path):
+    options = ("--model.width", 4, "--model.depth", 2, "--rounds", 2, "--seconds", 0.01)
+    options += ("--data.image-size", 16, "--data.prepared-dir", tmp_path / "data")
+    options += ("--out", tmp_path)
+    measure = ("--against", "pytorch", "--measure", "train", "predict", "training")
+    output = run_script("benchmark.py", *options, *measure, "--profile", tmp_path / "trace")
+    assert "train step over PyTorch's best" in output
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    (point,) = found["points"]
+    for mode in ("train", "predict"):
+        entry = point[mode]
+        assert {"eager", "channels_last"} <= set(entry["pytorch"])
+        assert {*entry["pytorch"], *entry["pytorch_unavailable"]} == {
+            *("eager", "channels_last", "compile", "compile_channels_last")
+        }
+        medians = {f: v["step_seconds"]["median"] for f, v in entry["pytorch"].items()}
+        assert entry["pytorch_best"] == min(medians, key=medians.get)
+        assert entry["ratio_to_pytorch"]["rounds"] == 2
+        assert entry["jaxunet"]["share_of_matmul_rate"] > 0
+    losses = list(point["train"]["first_loss"].values())
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+    assert set(point["training"]) == {"none", "host", "device"}
+    assert found["versions"]["torch"]
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
+
+    sweep = ("--sweep.batch-size", 1, 2, 4, "--measure", "train", "--name", "sweep")
+    output = run_script("benchmark.py", *options, *sweep)
+    assert "Step time grows with batch_size to the power" in output
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert [p["setting"]["batch_size"] for p in found["points"]] == [1, 2, 4]
+    assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
+
+
+def test_what_has_no_pytorch_side_is_refused_before_anything_is_measured(tmp_path):
+    words = ("--against", "pytorch", "--model.norm", "batch", "--out", tmp_path)
+    assert "Only the reference design" in run_script("benchmark.py", *words, expect=1)
+    assert not list(tmp_path.iterdir())
