@@ -15,13 +15,13 @@ from jaxunet import benchmark
 from jaxunet.benchmark import Contestant, describe, ratio, time_rounds
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
 from jaxunet.data import prepare
+from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.figures import throughput
 from jaxunet.files import write_json
 from jaxunet.parallel import check_divisible, make_strategy
-from jaxunet.run import command_line, environment
 
-Measure = Literal["train", "eval", "predict", "pipeline", "training"]
+Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation"]
 CACHES: tuple[Literal["none", "host", "device"], ...] = ("none", "host", "device")
 
 
@@ -50,7 +50,8 @@ class Arguments(Config):
     sweep: Sweep = field(default_factory=Sweep)
     measure: tuple[Measure, ...] = ("train", "eval", "predict", "pipeline", "training")
     """What to time: three kinds of step on a batch that lies on the devices; the input
-    `pipeline` alone; `training` end to end, under each --data.cache."""
+    `pipeline` alone; `training` end to end, under each --data.cache; `preparation` of data:
+    decoding and resizing of large JPEGs."""
     against: Literal["nothing", "pytorch"] = "nothing"
     """Time PyTorch's steps too, in turn with jaxunet's."""
     rounds: int = 12
@@ -267,6 +268,10 @@ def show(result: dict[str, Any]) -> None:
         for cache, found in point.get("training", {}).items():
             over = found["ratio_to_step"]["median"]
             row(table, f"training, cache {cache}: {over:.3f} of the step", found)
+    if "preparation" in result:
+        table.add_section()
+        for name, found in result["preparation"].items():
+            row(table, f"decode and resize a 6-megapixel JPEG, {name.replace('_', ' ')}", found)
     Console(width=max(110, Console().width)).print(table)
     for axis, fit in result["fits"].items():
         memory = fit.get("memory_exponent")
@@ -339,6 +344,10 @@ def main() -> None:
         },
         **environment(*against),
     }
+    if "preparation" in arguments.measure:
+        makers = benchmark.make_preparation()
+        times = time_rounds(makers, arguments.rounds, arguments.seconds)
+        result["preparation"] = {name: describe(times[name], 1) for name in makers}
     path = arguments.out / f"{arguments.name}.json"
     loops = {"pipeline", "training"} & set(arguments.measure)
     for number, setting in enumerate(points, 1):

@@ -14,12 +14,12 @@ from command_line import parse, print_scores, run_script
 from jaxunet.challenge import evaluate_native, originals
 from jaxunet.config import Config, to_dict
 from jaxunet.data import prepare
+from jaxunet.environment import command_line, environment
 from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.feed import Feed
 from jaxunet.files import write_json
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.prediction import zip_masks
-from jaxunet.run import command_line, environment
 from jaxunet.steps import eval_step
 from jaxunet.trained import TrainedModel, compile_probabilities, load
 

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from jaxunet.config import Config, to_dict
 from jaxunet.data import Prepared, prepare
+from jaxunet.environment import command_line, environment
 from jaxunet.evaluation import describe_split
 from jaxunet.figures import loss_comparison
 from jaxunet.files import write_json
-from jaxunet.run import command_line, environment, read_metrics
+from jaxunet.run import read_metrics
 from jaxunet.training import train
 
 REPORTED = {"dice": 0.8494, "iou": 0.7480}

@@ -4,6 +4,7 @@ Rounds alternate between contestants and reverse their order each time, so that 
 that slows down or speeds up does so for all of them alike.
 """
 
+import io
 import math
 import resource
 import sys
@@ -17,8 +18,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from jaxunet.config import Config
+from jaxunet.data.builder import map_in_threads
+from jaxunet.data.images import read_reduced_image, resize_image
 from jaxunet.data.order import Order
 from jaxunet.data.pipeline import Source
 from jaxunet.feed import Feed
@@ -254,6 +258,50 @@ def _endless(strategy: Strategy, config: Config, source: Source) -> tuple[Feed, 
     feed = Feed(strategy, source, config.data, progress=False)
     order = Order(len(source), config.train.batch_size, config.train.seed)
     return feed, feed.batches(order, sys.maxsize // order.batch_size)
+
+
+def make_preparation() -> dict[str, Contestant]:
+    """Decoding and resizing of a 6-megapixel JPEG to 256 px; a step is one image.
+
+    `full_decode` is plain Pillow on one core, `one_core` and `all_cores` are jaxunet's.
+    """
+    file = _jpeg(3008, 2000)
+
+    def full(_: int) -> Any:
+        with Image.open(io.BytesIO(file)) as image:
+            return np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR))
+
+    def reduced(_: int) -> Any:
+        image, _size = read_reduced_image(file, 256)
+        return resize_image(image, 256, 256)
+
+    def one_by_one(make: Contestant) -> Contestant:
+        def run(images: int) -> None:
+            for number in range(images):
+                make(number)
+
+        return run
+
+    def in_threads(images: int) -> None:
+        deque(map_in_threads(reduced, range(images)), maxlen=0)
+
+    in_threads(8)
+    return {
+        "full_decode": one_by_one(full),
+        "one_core": one_by_one(reduced),
+        "all_cores": in_threads,
+    }
+
+
+def _jpeg(width: int, height: int) -> bytes:
+    """A seeded picture with soft forms and fine noise."""
+    rng = np.random.default_rng(0)
+    soft = Image.fromarray(rng.integers(60, 220, (12, 16, 3), np.uint8))
+    pixels = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    pixels += rng.normal(0, 4, pixels.shape)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
 
 
 def _program_bytes(compiled: Any) -> int | None:

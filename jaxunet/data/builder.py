@@ -8,12 +8,11 @@ in which they come.
 import dataclasses
 import itertools
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 
 from jaxunet.data.check import report
 from jaxunet.data.images import encode_png, resize_image, resize_mask
+from jaxunet.environment import usable_cores
 from jaxunet.errors import DataError
 
 Item = TypeVar("Item")
@@ -83,7 +83,11 @@ class PairsBuilder(tfds.core.ShardBasedBuilder):
     # TFDS would look for checksums beside the class's file, and to do so import a package
     # (importlib_resources) that it doesn't declare.
     url_infos: dict[str, UrlInfo] | None = None
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        "1.1.0": "Large JPEGs are decoded at a fraction of their size.",
+        "1.0.0": "First.",
+    }
     DESCRIPTION = ""
     HOMEPAGE = ""
     LICENCE = ""
@@ -168,7 +172,7 @@ def map_in_threads(
 
     Pillow decodes, resizes and encodes without holding Python's lock.
     """
-    workers = min(8, os.cpu_count() or 1)  # Each may hold a decoded image of 240 MB.
+    workers = min(8, usable_cores())  # Each may hold a decoded image of 240 MB.
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[Result]] = deque()
     try:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxunet.data.images import read_image, read_mask
+from jaxunet.data.images import read_image, read_mask, read_reduced_image
 from jaxunet.data.sources import Pair, SourceFile
 from jaxunet.errors import DataError
 
@@ -24,13 +24,19 @@ class Decoded:
 
     id: str
     image_file: bytes
-    image: UInt8[np.ndarray, "height width 3"]
+    image: UInt8[np.ndarray, "_ _ 3"]
+    """Of the mask's size, or a fraction of it."""
     mask: UInt8[np.ndarray, "height width 1"]
     """0 or 255."""
 
 
-def check_pair(pair: Pair, *, binarize: bool = False) -> Decoded | list[str]:
+def check_pair(
+    pair: Pair, *, binarize: bool = False, side: int | None = None
+) -> Decoded | list[str]:
     """Decode a pair, or say everything that is wrong with it.
+
+    With `side`, to which the image will be resized, a large JPEG is decoded at a fraction of
+    its size; see `read_reduced_image`.
 
     Checked: both files read (CRC, in a zip) and decode to the end, the mask has a single
     channel with only 0 and 255 (anything, with `binarize`), and the sizes agree. An EXIF
@@ -45,9 +51,12 @@ def check_pair(pair: Pair, *, binarize: bool = False) -> Decoded | list[str]:
             problems.append(str(error))
             return None
 
-    def decode_image(file: SourceFile) -> tuple[bytes, np.ndarray]:
-        contents = file.read()
-        return contents, read_image(contents, name=str(file))
+    def decode_image(file: SourceFile) -> tuple[bytes, np.ndarray, tuple[int, int]]:
+        contents, name = file.read(), str(file)
+        if side is None:
+            image = read_image(contents, name=name)
+            return contents, image, (image.shape[0], image.shape[1])
+        return contents, *read_reduced_image(contents, side, name=name)
 
     def decode_mask(file: SourceFile) -> np.ndarray:
         return read_mask(file.read(), binarize=binarize, name=str(file))
@@ -56,9 +65,8 @@ def check_pair(pair: Pair, *, binarize: bool = False) -> Decoded | list[str]:
     mask = attempt(decode_mask, pair.mask)
     if decoded is None or mask is None:
         return problems
-    contents, image = decoded
-    if image.shape[:2] != mask.shape[:2]:
-        height, width = image.shape[:2]
+    contents, image, (height, width) = decoded
+    if (height, width) != mask.shape[:2]:
         mask_height, mask_width = mask.shape[:2]
         return [
             f"{pair.mask} is {mask_width} x {mask_height} pixels, but its image {pair.image} "

@@ -151,7 +151,8 @@ def _plan(source: Source, config: DataConfig, where: object) -> Plan:
 
 
 def _make(size: Size, binarize: bool, pair: Pair) -> Example | list[str]:
-    checked = check_pair(pair, binarize=binarize)
+    side = size if isinstance(size, int) else None
+    checked = check_pair(pair, binarize=binarize, side=side)
     if isinstance(checked, list):
         return checked
     return store(checked.id, checked.image_file, checked.image, checked.mask, size)

@@ -55,4 +55,4 @@ def quiet(config: DataConfig, **changes: object) -> Prepared:
 def datasets(config: DataConfig) -> list[Path]:
     """Everything that looks like a dataset, whole or not, in the prepared folder."""
     assert config.prepared_dir is not None
-    return sorted(config.prepared_dir.glob("*/*/*1.0.0"))
+    return sorted(config.prepared_dir.glob("*/*/*1.1.0"))

@@ -12,6 +12,7 @@ from jaxunet.data.images import (
     encode_png,
     read_image,
     read_mask,
+    read_reduced_image,
     resize_image,
     resize_mask,
 )
@@ -151,3 +152,59 @@ def test_png_is_lossless() -> None:
         with Image.open(io.BytesIO(encode_png(array))) as image:
             assert image.format == "PNG"
             assert np.array_equal(np.array(image).reshape(shape), array)
+
+
+def photograph(width: int, height: int, **options: object) -> bytes:
+    """A JPEG with soft forms, fine noise and sharp dark lines, as of skin with hairs."""
+    rng = np.random.default_rng(0)
+    soft = Image.fromarray(rng.integers(60, 220, (12, 16, 3), np.uint8))
+    pixels = np.array(soft.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    pixels += rng.normal(0, 4, pixels.shape)
+    for x in range(50, width - 50, width // 10):
+        pixels[:, x : x + 8] *= 0.4
+    return saved(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), "JPEG", **options)
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_comes_out_the_same():
+    contents = photograph(2500, 1700, quality=92)
+    reduced, size = read_reduced_image(contents, 256)
+    assert size == (1700, 2500)
+    assert reduced.shape == (850, 1250, 3)
+    difference = np.abs(
+        resize_image(reduced, 256, 256).astype(int)
+        - resize_image(read_image(contents), 256, 256)
+    )
+    assert difference.max() <= 2
+    assert difference.mean() < 0.15
+
+
+@pytest.mark.parametrize("side", [256, 40])
+def test_a_reduced_image_is_never_below_twice_the_side_it_is_for(side):
+    for width, height in ((511, 512), (1023, 700), (1024, 1100)):
+        contents = photograph(width, height)
+        reduced, size = read_reduced_image(contents, side)
+        assert size == (height, width)
+        assert min(reduced.shape[:2]) >= min(2 * side, width, height)
+        if min(size) < 4 * side:
+            np.testing.assert_array_equal(reduced, read_image(contents))
+
+
+def test_a_reduced_image_is_turned_upright_with_its_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    contents = photograph(1201, 1200, exif=exif)
+    reduced, size = read_reduced_image(contents, 100)
+    assert size == read_image(contents).shape[:2] == (1201, 1200)
+    assert reduced.shape == (301, 300, 3)
+
+
+def test_a_truncated_jpeg_is_refused_however_small_it_is_decoded():
+    contents = photograph(1200, 900)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_reduced_image(contents[: len(contents) // 2], 100, name="x.jpg")
+
+
+def test_a_png_is_decoded_whole():
+    pixels = np.zeros((900, 1000, 3), np.uint8)
+    reduced, size = read_reduced_image(encode_png(pixels), 100)
+    assert reduced.shape[:2] == size == (900, 1000)

@@ -90,7 +90,7 @@ def test_an_interrupted_or_killed_prepare_is_cleared_up(own: DataConfig) -> None
     assert datasets(own) == []
     prepared = quiet(own)
     # What a killed process leaves behind: TFDS's temporary folder.
-    prepared.directory.rename(prepared.directory.with_name("incomplete.ABCDEF_1.0.0"))
+    prepared.directory.rename(prepared.directory.with_name("incomplete.ABCDEF_1.1.0"))
     assert quiet(own) == prepared
     assert datasets(own) == [prepared.directory]
 
@@ -112,7 +112,7 @@ def test_two_processes_may_prepare_at_once(tmp_path: Path) -> None:
         output, errors = process.communicate(timeout=60)
         # Nothing else is printed, and no framework is imported on the way.
         assert (output, errors) == ("384\n\n", "")
-    assert len(list(tmp_path.glob("*/*/*1.0.0"))) == 1
+    assert len(list(tmp_path.glob("*/*/*1.1.0"))) == 1
 
 
 def test_a_damaged_dataset_is_noticed(own: DataConfig) -> None:
