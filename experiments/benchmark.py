@@ -153,6 +153,7 @@ def measure_steps(setting: Setting, arguments: Arguments, rate: float) -> dict[s
         found = describe(times["jaxunet"], batch_size, flops)
         found["share_of_matmul_rate"] = found["flops_per_second"] / (rate * setting.devices)
         found["compile_seconds"] = ours.compile_seconds
+        found["cached_compile_seconds"] = ours.cached_compile_seconds
         found["warm_up_seconds"] = ours.warm_up_seconds
         found["program_bytes"] = ours.program_bytes
         entry: dict[str, Any] = {"jaxunet": found}

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_experiments import SMALL
+from test_experiments import run as run_script
 
 FAULTS = """
 import resource
@@ -63,3 +65,14 @@ def test_the_cache_can_be_elsewhere_or_off(tmp_path):
     assert run(CACHE, JAX_COMPILATION_CACHE_DIR=elsewhere, **home) == [elsewhere, "2"]
     assert run(CACHE, JAX_ENABLE_COMPILATION_CACHE="false", **home) == ["None", "2"]
     assert not (tmp_path / "home").exists()
+
+
+def test_a_second_start_of_the_same_run_compiles_nothing(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    words = ("train.py", *SMALL, "--data.prepared-dir", tmp_path / "data")
+    run_script(*words, "--out", tmp_path / "first")
+    programs = {path.name for path in cache.iterdir() if path.name.endswith("-cache")}
+    assert len(programs) > 3
+    run_script(*words, "--out", tmp_path / "second")
+    assert {path.name for path in cache.iterdir() if path.name.endswith("-cache")} == programs

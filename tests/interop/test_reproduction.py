@@ -1,6 +1,10 @@
+import json
+import re
+
 import jax
 import numpy as np
 import pytest
+from test_experiments import run as run_script
 
 from jaxunet.augment import random_flip
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -60,3 +64,26 @@ def test_the_flips_are_those_of_the_training_step():
 def test_a_design_without_a_pytorch_side_is_refused():
     with pytest.raises(ConfigError, match="Only the reference design"):
         make_pytorch_unet(ModelConfig(norm="batch"))
+
+
+def test_the_script_prints_one_table_and_writes_every_seed(tmp_path):
+    words = ("--data.name", "synthetic", "--data.image-size", 16, "--data.synthetic-train", 12)
+    words += ("--data.synthetic-validation", 5, "--model.width", 4, "--model.depth", 2)
+    words += ("--data.prepared-dir", tmp_path / "data", "--train.epochs", 2)
+    words += ("--against", "pytorch", "--seeds", 0, 1, "--out", tmp_path, "--name", "small")
+    output = run_script("reproduce.py", *words)
+    for expected in ("synthetic: 12 train, 5 validation", "reported", "PyTorch", "jaxunet"):
+        assert expected in output
+    assert re.search(r"dice, batch of 4 +│ +0\.8494 │ +0\.\d{4} ± 0\.\d{4}", output)
+    found = json.loads((tmp_path / "small.json").read_text())
+    assert [run["seed"] for run in found["runs"]] == [0, 1]
+    for run in found["runs"]:
+        theirs, ours = run["pytorch"], run["jaxunet"]
+        assert len(ours["losses"]) == 2 * 2
+        np.testing.assert_allclose(theirs["losses"], ours["losses"], rtol=1e-3)
+        assert len(ours["epochs"]) == len(theirs["epochs"]) == 2
+        assert theirs["seconds"] > 0
+        assert ours["images_per_second"] > 0
+    assert found["runs"][0]["jaxunet"]["losses"] != found["runs"][1]["jaxunet"]["losses"]
+    assert found["versions"]["torch"]
+    assert (tmp_path / "small.png").stat().st_size > 10_000
