@@ -21,7 +21,7 @@ from jaxunet.figures import throughput
 from jaxunet.files import write_json
 from jaxunet.parallel import check_divisible, make_strategy
 
-Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation"]
+Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation", "layers"]
 CACHES: tuple[Literal["none", "host", "device"], ...] = ("none", "host", "device")
 
 
@@ -51,7 +51,7 @@ class Arguments(Config):
     measure: tuple[Measure, ...] = ("train", "eval", "predict", "pipeline", "training")
     """What to time: three kinds of step on a batch that lies on the devices; the input
     `pipeline` alone; `training` end to end, under each --data.cache; `preparation` of data:
-    decoding and resizing of large JPEGs."""
+    decoding and resizing of large JPEGs; `layers`: every 3x3 convolution and its gradients."""
     against: Literal["nothing", "pytorch"] = "nothing"
     """Time PyTorch's steps too, in turn with jaxunet's."""
     rounds: int = 12
@@ -179,6 +179,31 @@ def measure_steps(setting: Setting, arguments: Arguments, rate: float) -> dict[s
     return result
 
 
+def measure_layers(setting: Setting, arguments: Arguments) -> list[dict[str, Any]]:
+    """Each shape of 3x3 convolution: the product and its gradients, beside PyTorch's."""
+    config = setting.config
+    dtype, batch_size = config.model.dtype, config.train.batch_size
+    found = []
+    for shape, layers in benchmark.convolutions(config, batch_size).items():
+        entry: dict[str, Any] = {"shape": list(shape), "layers": layers}
+        ours = benchmark.make_products(shape, dtype)
+        theirs: dict[str, Contestant] = {}
+        if arguments.against == "pytorch":
+            from jaxunet.interop.pytorch_benchmark import make_pytorch_products
+
+            theirs = make_pytorch_products(shape, dtype)
+        for product, run in ours.items():
+            contestants = {"jaxunet": run}
+            if theirs:
+                contestants["pytorch"] = theirs[product]
+            times = time_rounds(contestants, arguments.rounds, arguments.seconds / 10)
+            entry[product] = {name: benchmark.spread(t) for name, t in times.items()}
+            if theirs:
+                entry[product]["ratio"] = ratio(times["jaxunet"], times["pytorch"])
+        found.append(entry)
+    return found
+
+
 def measure_loops(setting: Setting, arguments: Arguments) -> dict[str, Any]:
     """The pipeline alone and training end to end, each cache in turn with the step alone."""
     config, batch_size = setting.config, setting.config.train.batch_size
@@ -274,12 +299,33 @@ def show(result: dict[str, Any]) -> None:
         for name, found in result["preparation"].items():
             row(table, f"decode and resize a 6-megapixel JPEG, {name.replace('_', ' ')}", found)
     Console(width=max(110, Console().width)).print(table)
+    for point in result["points"]:
+        if "layers" in point:
+            show_layers(point["layers"])
     for axis, fit in result["fits"].items():
         memory = fit.get("memory_exponent")
         print(
             f"Step time grows with {axis} to the power {fit['step_time_exponent']:.2f}"
             + (f", memory {memory:.2f}" if memory else "")
         )
+
+
+PRODUCTS = ("forward", "input_gradient", "kernel_gradient")
+
+
+def show_layers(layers: list[dict[str, Any]]) -> None:
+    """A table of every convolution: milliseconds, and over PyTorch's where it was timed."""
+    table = Table(title="3x3 convolutions, ms (over PyTorch)", title_justify="left")
+    for column in ("batch, rows, columns, in, out", "layers", *PRODUCTS):
+        table.add_column(column.replace("_", " "), justify="right")
+    for entry in layers:
+        cells = []
+        for product in PRODUCTS:
+            found = entry[product]
+            over = f" ({found['ratio']['median']:.2f})" if "ratio" in found else ""
+            cells.append(f"{1e3 * found['jaxunet']['median']:.2f}{over}")
+        table.add_row(", ".join(map(str, entry["shape"])), str(len(entry["layers"])), *cells)
+    Console(width=max(110, Console().width)).print(table)
 
 
 def title(result: dict[str, Any]) -> str:
@@ -354,10 +400,12 @@ def main() -> None:
     for number, setting in enumerate(points, 1):
         print(f"Measuring {number} of {len(points)}: {setting.record()}", flush=True)
         rate = rates[setting.config.model.dtype]["flops_per_second"]
-        point = {"setting": setting.record()}
+        point: dict[str, Any] = {"setting": setting.record()}
         point |= measure_steps(setting, arguments, rate)
         if loops:
             point |= measure_loops(setting, arguments)
+        if "layers" in arguments.measure:
+            point["layers"] = measure_layers(setting, arguments)
         result["points"].append(point)
         result["fits"] = fits(result["points"])
         write_json(path, result)  # after each point: an interrupted sweep keeps the others

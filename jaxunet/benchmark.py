@@ -21,12 +21,13 @@ import numpy as np
 from PIL import Image
 
 from jaxunet.config import Config
+from jaxunet.conv import conv3x3
 from jaxunet.data.builder import map_in_threads
 from jaxunet.data.images import read_reduced_image, resize_image
 from jaxunet.data.order import Order
 from jaxunet.data.pipeline import Source
 from jaxunet.feed import Feed
-from jaxunet.flops import forward_flops, train_flops
+from jaxunet.flops import forward_flops, layers, train_flops
 from jaxunet.parallel import Step, Strategy
 from jaxunet.steps import (
     Recipe,
@@ -230,6 +231,58 @@ def _compile(step: Any, arguments: tuple[Any, ...]) -> tuple[Any, float, float |
     timed()  # fills the cache, if need be
     compiled, cached_seconds = timed()
     return compiled, seconds, cached_seconds
+
+
+def convolutions(config: Config, batch_size: int) -> dict[tuple[int, ...], list[str]]:
+    """The 3x3 convolutions of the model by shape, with the layers that have it.
+
+    Returns:
+        Layers by (batch, rows, columns, channels in, channels out).
+    """
+    found: dict[tuple[int, ...], list[str]] = {}
+    side = config.data.image_size
+    for name, layer in layers(config.model, side, side).items():
+        if layer.kernel[:2] == (3, 3):
+            shape = (batch_size, layer.rows, layer.columns, *layer.kernel[2:])
+            found.setdefault(shape, []).append(name)
+    return found
+
+
+def random_convolution(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seeded input, kernel and output gradient of a convolution of `shape`, float32."""
+    b, h, w, cin, cout = shape
+    rng = np.random.default_rng(0)
+    shapes = ((b, h, w, cin), (3, 3, cin, cout), (b, h, w, cout))
+    x, kernel, dy = (rng.normal(size=each).astype(np.float32) for each in shapes)
+    return x, kernel, dy
+
+
+def make_products(shape: tuple[int, ...], dtype: str) -> dict[str, Contestant]:
+    """jaxunet's convolution of one shape and its two gradients, each compiled by itself."""
+    x, kernel, dy = (jnp.asarray(a, jnp.dtype(dtype)) for a in random_convolution(shape))
+
+    def input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: conv3x3(x, kernel), x)[1](dy)[0]
+
+    def kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda kernel: conv3x3(x, kernel), kernel)[1](dy)[0]
+
+    def contestant(function: Callable[..., jax.Array], *arguments: jax.Array) -> Contestant:
+        compiled = jax.jit(function)
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                result = compiled(*arguments)
+            result.block_until_ready()
+
+        run(1)
+        return run
+
+    return {
+        "forward": contestant(conv3x3, x, kernel),
+        "input_gradient": contestant(input_gradient, x, kernel, dy),
+        "kernel_gradient": contestant(kernel_gradient, x, kernel, dy),
+    }
 
 
 def initial_state(config: Config) -> Any:

@@ -10,14 +10,15 @@ from test_experiments import run as run_script
 
 from jaxunet import benchmark, conv
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
-from jaxunet.flops import forward_flops, layer_flops, train_flops
+from jaxunet.flops import forward_flops, layers, train_flops
 from jaxunet.parallel import make_strategy
 from jaxunet.unet import make_unet
 
 
 def test_flops_of_a_tiny_model_are_those_of_a_count_by_hand():
     """Width 2, two levels, 4 x 6 pixels: 24 at the top, 6 at the bottom."""
-    found = layer_flops(ModelConfig(width=2, depth=2), 4, 6)
+    model = ModelConfig(width=2, depth=2)
+    found = {name: layer.flops for name, layer in layers(model, 4, 6).items()}
     assert found == {
         "decoder/level_0/conv_0": 2 * 9 * 4 * 2 * 24,
         "decoder/level_0/conv_1": 2 * 9 * 2 * 2 * 24,
@@ -29,7 +30,7 @@ def test_flops_of_a_tiny_model_are_those_of_a_count_by_hand():
         "head": 2 * 2 * 1 * 24,
     }
     first = 2 * 9 * 3 * 2 * 24
-    assert train_flops(ModelConfig(width=2, depth=2), 4, 6) == 3 * sum(found.values()) - first
+    assert train_flops(model, 4, 6) == 3 * sum(found.values()) - first
 
 
 @pytest.mark.parametrize(
@@ -144,11 +145,16 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path):
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
 
-    sweep = ("--sweep.batch-size", 1, 2, 4, "--measure", "train", "--name", "sweep")
+    sweep = ("--sweep.batch-size", 1, 2, 4, "--name", "sweep")
+    sweep += ("--measure", "train", "layers", "preparation")
     output = run_script("benchmark.py", *options, *sweep)
     assert "Step time grows with batch_size to the power" in output
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert [p["setting"]["batch_size"] for p in found["points"]] == [1, 2, 4]
+    layers = found["points"][2]["layers"]
+    assert sum(len(entry["layers"]) for entry in layers) == 6
+    assert [4, 16, 16, 8, 4] in [entry["shape"] for entry in layers]
+    assert set(found["preparation"]) == {"full_decode", "one_core", "all_cores"}
     assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jaxunet.benchmark import Mode, random_batch
+from jaxunet.benchmark import Contestant, Mode, random_batch, random_convolution
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
@@ -149,3 +149,38 @@ def _make(
     wait()
     seconds = time.perf_counter() - start
     return PytorchContestant(step, wait, seconds, first.item() if mode == "train" else None)
+
+
+def make_pytorch_products(shape: tuple[int, ...], dtype: str) -> dict[str, Contestant]:
+    """PyTorch's convolution of one shape and its two gradients, channels last."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arrays = random_convolution(shape)
+
+    def tensor(array: np.ndarray, axes: tuple[int, ...]) -> torch.Tensor:
+        placed = torch.from_numpy(array).to(device, getattr(torch, dtype)).permute(axes)
+        return placed.contiguous(memory_format=torch.channels_last)
+
+    x, dy = (tensor(array, (0, 3, 1, 2)) for array in (arrays[0], arrays[2]))
+    kernel = tensor(arrays[1], (3, 2, 0, 1))
+
+    def gradient(mask: list[bool]) -> Callable[[], Any]:
+        size, stride = [shape[4]], [1, 1]
+        return lambda: torch.ops.aten.convolution_backward(
+            dy, x, kernel, size, stride, [1, 1], [1, 1], False, [0, 0], 1, mask
+        )
+
+    def contestant(function: Callable[[], Any]) -> Contestant:
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        run(1)
+        return run
+
+    return {
+        "forward": contestant(lambda: F.conv2d(x, kernel, padding=1)),
+        "input_gradient": contestant(gradient([True, False, False])),
+        "kernel_gradient": contestant(gradient([False, True, False])),
+    }
