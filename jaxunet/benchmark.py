@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from jaxunet.config import Config
@@ -218,6 +219,7 @@ def _compile(step: Any, arguments: tuple[Any, ...]) -> tuple[Any, float, float |
 
     def timed() -> tuple[Any, float]:
         jax.clear_caches()
+        compilation_cache.reset_cache()  # which decides once whether it is on
         start = time.perf_counter()
         return step.lower(*arguments).compile(), time.perf_counter() - start
 
