@@ -117,9 +117,15 @@ def load_config(run: Path) -> Config:
             "Give the --out of an earlier experiments/train.py."
         ) from error
     try:
-        return from_dict(Config, json.loads(text)["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a run's configuration: {error}") from error
+        record = json.loads(text)
+        if not isinstance(record, dict) or "config" not in record:
+            raise ConfigError("It holds no field 'config'.")
+        return from_dict(Config, record["config"])
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not a run's configuration: {error} Undo what was changed in it; each "
+            f"checkpoint's progress/metadata in {run / 'checkpoints'} has a copy."
+        ) from error
 
 
 class RunDirectory:
@@ -197,13 +203,22 @@ class RunDirectory:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one cut off by a kill is left out."""
+    """The whole lines of a metrics.jsonl; one cut off by a kill is left out.
+
+    Raises:
+        RunError: a line is no JSON object.
+    """
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            lines.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunError(
+                f"Line {number} of {path} is no JSON object: {error}. Undo what was changed in "
+                "it, or move the file away, and the log starts anew."
+            ) from error
     return lines
 
 
