@@ -1,0 +1,54 @@
+"""Every broken input of the table gives what the documentation says, or one paragraph that
+names the file or the argument, what was found and what to do; nothing is harmed by it."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import rows_datasets
+import rows_pictures
+import rows_runs
+from ground import World, copy_world, make_world, run
+from rows import Refused, Row
+
+ROWS = [*rows_pictures.ROWS, *rows_datasets.ROWS, *rows_runs.ROWS]
+
+
+@pytest.fixture(scope="module")
+def sound_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_bad_input(
+    row: Row, sound_world: World, tmp_path: Path, record_property: Callable[[str, str], None]
+) -> None:
+    world = copy_world(sound_world, tmp_path / "world")
+    words = row.command(world)
+    before = world.snapshot()
+
+    with row.circumstance(world):
+        status, output = run(words)
+
+    message = output[output.find("error: ") :].replace(f"{world.path}/", "")
+    after = world.snapshot()
+    assert {name: after.get(name) for name in before} == before
+    if isinstance(row.outcome, Refused):
+        assert status == row.outcome.status, output
+        assert re.search(row.outcome.message, " ".join(message.split())), message
+        if status == 1:
+            assert message.startswith("error: "), message
+            assert "\n\n" not in message.strip()
+        new = {name for name in after.keys() - before.keys() if Path(name).name != ".lock"}
+        assert not {name for name in new if name.split("/")[0] != row.outcome.leaves}
+        record_property("refused", " ".join(message.split()))
+    else:
+        assert status == 0, output
+        row.outcome.check(world, output)
+        record_property("taken", "as documented")
+
+
+def test_the_table_is_whole() -> None:
+    names = [row.name for row in ROWS]
+    assert len(names) == len(set(names)) >= 40
