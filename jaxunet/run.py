@@ -110,21 +110,21 @@ def load_config(run: Path) -> Config:
     """
     path = run / "config.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        contents = path.read_bytes()
     except OSError as error:
         raise RunError(
             f"{run} is not a run directory: {path.name} is not there or not readable. "
             "Give the --out of an earlier experiments/train.py."
         ) from error
     try:
-        record = json.loads(text)
+        record = json.loads(contents)
         if not isinstance(record, dict) or "config" not in record:
-            raise ConfigError("It holds no field 'config'.")
+            raise ConfigError("There is no field 'config'.")
         return from_dict(Config, record["config"])
     except (ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is not a run's configuration: {error} Undo what was changed in it; each "
-            f"checkpoint's progress/metadata in {run / 'checkpoints'} has a copy."
+            f"{path} is not a run's configuration: {str(error).rstrip('.')}. Undo what was "
+            f"changed in it; a copy is in progress/metadata of each {run / 'checkpoints'}/STEP."
         ) from error
 
 
@@ -186,6 +186,7 @@ class RunDirectory:
                 f"--out {self.path} was made with another configuration and cannot go on "
                 f"with this one. Differing: {'; '.join(changed)}."
             )
+        read_metrics(self.path / "metrics.jsonl")  # before anything is written
 
     def write_config(self, dataset: dict[str, Any]) -> None:
         """config.json: the configuration and all that is known of where it runs."""
