@@ -153,4 +153,6 @@ class Checkpoints:
 def _reason(error: Exception) -> str:
     """What Orbax says first; after it, it prints whole arrays."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith("match:") else lines[:1])[:300]
+    if lines[0].endswith("tree structures do not match:"):
+        return f"it is of another model, with a difference in {lines[1].rstrip(':')}"
+    return lines[0][:300]

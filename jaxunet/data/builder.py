@@ -81,7 +81,8 @@ def reading(directory: object) -> Iterator[None]:
     except Exception as error:  # TFDS, protobuf and ArrayRecord each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{directory} is damaged, or was prepared by another version: {reason[:200]}. "
+            f"{directory} is damaged, or was prepared by another version: "
+            f"{reason[:200].rstrip('.')}. "
             "Delete it, and it will be prepared again."
         ) from error
 

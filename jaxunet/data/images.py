@@ -27,7 +27,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 Ghostscript, a program of its own, to be run."""
 
 # What Pillow's decoders are known to raise on damaged input, beside OSError.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 def read_image(
@@ -167,7 +167,7 @@ def _decoded(source: bytes | Path, name: str | None) -> Iterator[tuple[Image.Ima
     except Image.UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise DataError(f"{label} is not an image of a kind read here: {known}.") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(f"{label} cannot be decoded: {error}.") from error
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import shutil
@@ -157,6 +158,7 @@ def run(words: list[object]) -> tuple[int, str]:
     with (
         mock.patch.object(sys, "argv", [str(script), *map(str, words[1:])]),
         mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]),
+        mock.patch.dict(os.environ, COLUMNS="200"),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):

@@ -1,9 +1,9 @@
 """Rows of the table: options of the command line, and PyTorch weights."""
 
+import os
 import pickle
 import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +41,14 @@ class Hostile:
         self.world = world
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self.world.path / "ran",)
+        return os.system, (f"touch {self.world.path / 'ran'}",)
 
 
 def weights(world: World, value: object) -> None:
     torch.save(value, world.path / "weights.pth")
 
+
+NOT_LOADED = r"weights\.pth was not loaded as a PyTorch weight file:"
 
 ROWS = [
     # Options.
@@ -162,17 +164,17 @@ ROWS = [
     imported(
         ".pth that would run code",
         lambda world: weights(world, {"out.bias": Hostile(world)}),
-        r"weights\.pth was not loaded: .* it would run code .*\.safetensors",
+        rf"{NOT_LOADED} it would run code \(posix\.system\)\. Ask for a \.safetensors",
     ),
     imported(
         "plain pickle that would run code",
         lambda world: (world.file("weights.pth", pickle.dumps(Hostile(world), 2)), None)[1],
-        r"weights\.pth was not loaded: .* it would run code",
+        rf"{NOT_LOADED} it would run code \(posix\.system\)",
     ),
     imported(
         "truncated .pth",
         lambda world: world.edit("weights.pth", lambda file: file[: len(file) // 2]),
-        r"weights\.pth was not loaded: it is no PyTorch weight file",
+        rf"{NOT_LOADED} it is none, or damaged",
     ),
     imported(
         "truncated .safetensors",
@@ -190,7 +192,7 @@ ROWS = [
     imported(
         "text named .pth",
         lambda world: (world.file("weights.pth", "version https://git-lfs"), None)[1],
-        r"weights\.pth was not loaded: it is no PyTorch weight file",
+        rf"{NOT_LOADED} it is none, or damaged",
     ),
     imported(
         "weights of another network",
