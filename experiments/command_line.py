@@ -3,10 +3,12 @@
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import tyro
+from PIL import Image
 from presets import PRESETS
 from rich.console import Console
 from rich.table import Table
@@ -68,10 +70,20 @@ def print_scores(result: dict[str, Any]) -> None:
     Console(width=max(100, Console().width)).print(table)
 
 
+def _unraisable(unraisable: Any) -> None:
+    """As Python's own, but for what follows a checkpoint that can't be read: Orbax closes its
+    event loop on the first array that fails, and the others report to it still."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run `main`; a user's mistake becomes one paragraph on stderr and exit status 1."""
     # XLA's and TensorFlow's start-up chatter is not for the user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.unraisablehook = _unraisable
+    # Such pictures are refused, with a lower limit than Pillow's and by name.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     start()
     try:
         status = main() or 0

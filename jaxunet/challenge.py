@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jaxunet.config import DataConfig
 from jaxunet.data import folder, isic2018
-from jaxunet.data.images import read_image
+from jaxunet.data.images import DAMAGE, read_image
 from jaxunet.data.sources import Pair, Source
 from jaxunet.errors import DataError
 from jaxunet.evaluation import describe
@@ -72,7 +72,9 @@ def read_truth(path: Path | str, contents: bytes | None = None) -> Bool[np.ndarr
             if image.mode not in ("1", "L"):
                 raise DataError(f"{path} has mode {image.mode}, but must be greyscale.")
             return np.asarray(image.convert("L")) > LESION_ABOVE
-    except OSError as error:
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, *DAMAGE) as error:
         raise DataError(f"{path} is no readable image: {error}") from error
 
 

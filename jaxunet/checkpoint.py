@@ -29,26 +29,37 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, best_metric: str):
+        """Open or make `directory`.
+
+        Raises:
+            RunError: the scores of a checkpoint are damaged, or it cannot be read.
+        """
+
         def metric(metrics: dict[str, float]) -> float:
             return metrics.get(best_metric, -math.inf)
 
         self.directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=metric,
-                best_mode="max",
-                preservation_policy=preservation_policy.AnyPreservationPolicy(
-                    [
-                        preservation_policy.LatestN(2),
-                        preservation_policy.BestN(
-                            get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
-                        ),
-                    ]
-                ),
+        options = ocp.CheckpointManagerOptions(
+            best_fn=metric,
+            best_mode="max",
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                [
+                    preservation_policy.LatestN(2),
+                    preservation_policy.BestN(
+                        get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
             ),
-            item_names=("state", "progress"),
         )
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(), options=options, item_names=("state", "progress")
+            )
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunError(
+                f"The checkpoints in {directory} cannot be listed: {_reason(error)}. Move away "
+                "the one whose metrics/metrics is damaged."
+            ) from error
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, in order."""
@@ -113,13 +124,35 @@ class Checkpoints:
                 ),
             )
         except (ValueError, KeyError, OSError, TypeError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} cannot be read with this "
-                f"configuration: {reason[0][:300]}"
+                f"configuration: {_reason(error)}"
             ) from error
+        # Orbax gives arrays the shapes that they were saved with, whatever was asked for.
+        expected = jax.tree_util.tree_leaves_with_path(target)
+        found = jax.tree.leaves(restored["state"])
+        differing = [
+            f"{jax.tree_util.keystr(path, simple=True, separator='.')} is "
+            f"{x.dtype}{list(x.shape)}, expected {like.dtype}{list(like.shape)}"
+            for (path, like), x in zip(expected, found, strict=True)
+            if (x.shape, x.dtype) != (like.shape, like.dtype)
+        ]
+        if differing:
+            raise RunError(
+                f"The checkpoint of step {step} in {self.directory} is of another model than "
+                f"the configuration: {differing[0]}, and {len(differing) - 1} more. Go back "
+                "to the configuration that it was made with."
+            )
         return restored["state"], restored["progress"]
 
     def close(self) -> None:
         """Finish saving and let go of the directory."""
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """What Orbax says first; after it, it prints whole arrays."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].endswith("tree structures do not match:"):
+        return f"it is of another model, with a difference in {lines[1].rstrip(':')}"
+    return lines[0][:300]

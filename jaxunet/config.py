@@ -26,11 +26,11 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
 
 
 def require_positive(name: str, value: float) -> None:
-    require(math.isfinite(value) and value > 0, name, value, "a positive number")
+    require(0 < value < math.inf, name, value, "a positive number")
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
-    require(math.isfinite(value) and value >= least, name, value, f"at least {least}")
+    require(least <= value < math.inf, name, value, f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "eval_batch_size", "log_every"):
             require_at_least(f"train.{name}", getattr(self, name), 1)
         require_at_least("train.checkpoint_every", self.checkpoint_every, 0)
-        require_at_least("train.seed", self.seed, 0)
+        require(0 <= self.seed < 2**63, "train.seed", self.seed, "from 0 to 2**63 - 1")
         require(0 < self.threshold < 1, "train.threshold", self.threshold, "between 0 and 1")
 
 

@@ -39,16 +39,22 @@ def load_config(run: Path) -> Config:
     """
     path = run / "config.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        contents = path.read_bytes()
     except OSError as error:
         raise RunError(
             f"{run} is not a run directory: {path.name} is not there or not readable. "
             "Give the --out of an earlier experiments/train.py."
         ) from error
     try:
-        return from_dict(Config, json.loads(text)["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a run's configuration: {error}") from error
+        record = json.loads(contents)
+        if not isinstance(record, dict) or "config" not in record:
+            raise ConfigError("There is no field 'config'.")
+        return from_dict(Config, record["config"])
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not a run's configuration: {str(error).rstrip('.')}. Undo what was "
+            f"changed in it; a copy is in progress/metadata of each {run / 'checkpoints'}/STEP."
+        ) from error
 
 
 class RunDirectory:
@@ -109,6 +115,7 @@ class RunDirectory:
                 f"--out {self.path} was made with another configuration and cannot go on "
                 f"with this one. Differing: {'; '.join(changed)}."
             )
+        read_metrics(self.path / "metrics.jsonl")  # before anything is written
 
     def write_config(self, dataset: dict[str, Any]) -> None:
         """config.json: the configuration and all that is known of where it runs."""
@@ -126,13 +133,22 @@ class RunDirectory:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one cut off by a kill is left out."""
+    """The whole lines of a metrics.jsonl; one cut off by a kill is left out.
+
+    Raises:
+        RunError: a line is no JSON object.
+    """
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            lines.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunError(
+                f"Line {number} of {path} is no JSON object: {error}. Undo what was changed in "
+                "it, or move the file away, and the log starts anew."
+            ) from error
     return lines
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config
+from jaxunet.errors import RunError
 from jaxunet.parallel import Strategy
 from jaxunet.run import load_config
 from jaxunet.steps import Recipe, init_state, make_recipe, predict_step
@@ -52,7 +53,13 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
         state, progress = checkpoints.restore(step, like)
     finally:
         checkpoints.close()
-    return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
+    epoch = progress.get("evaluated_epochs")
+    if not isinstance(epoch, int):
+        raise RunError(
+            f"The progress of checkpoint {step} in {run / 'checkpoints'} is damaged: "
+            f"evaluated_epochs is {epoch!r}. Take another checkpoint, or train again."
+        )
+    return TrainedModel(config, recipe, state.variables, step, epoch)
 
 
 _SCHEDULE_IS_IRRELEVANT = 2**31 - 1

@@ -154,6 +154,13 @@ class Trainer:
         if self.checkpoints.steps():
             step = self.checkpoints.step_of("latest")
             host, progress = self.checkpoints.restore(step, host)
+            missing = sorted({"config", *vars(Progress())} - set(progress))
+            if missing:
+                raise RunError(
+                    f"The progress of checkpoint {step} in {self.checkpoints.directory} is "
+                    f"damaged: {', '.join(missing)} not in it. Move that checkpoint away, and "
+                    "the one before it is used."
+                )
             progress.pop("config")
             self.progress = Progress(**progress)
             self.batches.set_state(self.progress.loader)

@@ -5,6 +5,7 @@ memory, and from 1 GB on does so through TensorFlow; here records are written in
 in which they come.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -72,7 +73,25 @@ class BuildConfig(tfds.core.BuilderConfig):
     progress: bool = True
 
 
+@contextlib.contextmanager
+def reading(directory: object) -> Iterator[None]:
+    """Whatever reading a prepared dataset raises, as a `DataError` that says what to do."""
+    try:
+        yield
+    except Exception as error:  # TFDS, protobuf and ArrayRecord each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{directory} is damaged, or was prepared by another version: "
+            f"{reason[:200].rstrip('.')}. "
+            "Delete it, and it will be prepared again."
+        ) from error
+
+
 class _Info(tfds.core.DatasetInfo):
+    def read_from_directory(self, dataset_info_dir: Any) -> None:
+        with reading(dataset_info_dir):
+            super().read_from_directory(dataset_info_dir)
+
     def initialize_from_bucket(self) -> None:
         """Do nothing: TFDS would look for these datasets in Google's bucket."""
 

@@ -4,6 +4,7 @@ Worker processes import this, so it needs NumPy and Pillow and no framework.
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,8 +22,12 @@ MAX_PIXELS = 80_000_000
 decoding: a few kilobytes of PNG can claim gigabytes of pixels. The largest official ISIC
 2018 image has 30 million pixels."""
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file's name says. Pillow knows more, but would hand an EPS to
+Ghostscript, a program of its own, to be run."""
+
 # What Pillow's decoders are known to raise on damaged input, beside OSError.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 def read_image(
@@ -31,15 +36,15 @@ def read_image(
     """Decode an image file to uint8 RGB, `[height, width, 3]`.
 
     The EXIF orientation is applied. Greyscale, palette, CMYK and 16-bit images become
-    8-bit RGB; an alpha channel is dropped.
+    8-bit RGB; an alpha channel is dropped. Of several frames or pages the first is taken.
 
     Args:
         source: the file, or its contents.
         name: what errors call the image when `source` is bytes.
 
     Raises:
-        DataError: the file is not an image, is damaged or truncated, has more than
-            `MAX_PIXELS` pixels, or a pixel format whose range is not known.
+        DataError: the file is not an image of one of `FORMATS`, is damaged or truncated, has
+            more than `MAX_PIXELS` pixels, or a pixel format whose range is not known.
     """
     with _decoded(source, name) as (image, label, _):
         return _rgb(image, label)
@@ -82,6 +87,8 @@ def read_mask(
 ) -> UInt8[np.ndarray, "height width 1"]:
     """Decode a mask file to uint8, `[height, width, 1]`, lesion 255 and background 0.
 
+    In a 16-bit file, too, the values 0 and 255 alone mean background and lesion.
+
     Args:
         source: the file, or its contents.
         binarize: accept any 8- or 16-bit values, as lesion where above 127 of 255.
@@ -89,7 +96,8 @@ def read_mask(
 
     Raises:
         DataError: the file is no readable image (as for `read_image`), has more than one
-            channel, or values other than 0 and 255, which are named.
+            channel, or values other than 0 and 255, which are named; with `binarize`, its
+            only value beside 0 is not above 127, so that all of it would be background.
     """
     with _decoded(source, name) as (image, label, _):
         if image.mode == "P":
@@ -104,16 +112,26 @@ def read_mask(
                 "Save it as greyscale."
             )
         values = _values(image)
-        mask = np.array(image) if image.mode == "L" else _eight_bits(image)
-        if binarize:
-            mask = np.where(mask > 127, 255, 0).astype(np.uint8)
-        elif not set(values) <= {0, 255}:
-            found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+        pixels = np.array(image)
+        if set(values) <= {0, 255}:
+            return pixels.astype(np.uint8)[:, :, np.newaxis]
+        found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+        if image.mode != "L":
+            pixels = _eight_bits(image)
+        # One value beside 0 is a label, such as 1; several are the grey of a soft or
+        # compressed mask, which may well hold no lesion.
+        if pixels.max() <= 127 and len(set(values) - {0}) == 1:
+            raise DataError(
+                f"{label} holds the values {found}, but a mask holds only 0 and 255. None is "
+                "above 127, so --data.binarize would leave no lesion: save it with 255 where "
+                "the lesion is."
+            )
+        if not binarize:
             raise DataError(
                 f"{label} holds the values {found}, but a mask holds only 0 and 255. "
                 "Pass --data.binarize to take values above 127 as lesion."
             )
-        return mask[:, :, np.newaxis]
+        return np.where(pixels > 127, 255, 0).astype(np.uint8)[:, :, np.newaxis]
 
 
 def resize_image(
@@ -152,13 +170,16 @@ def _decoded(
     """
     label = name or (str(source) if isinstance(source, Path) else "The image")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise DataError(
                     f"{label} is {image.width} x {image.height} = {pixels:,} pixels; the "
                     f"limit is {MAX_PIXELS:,}."
                 )
+            if image.format == "PNG":
+                _check_sums(source)
             height, width = image.height, image.width
             if at_least is not None:
                 image.draft(image.mode, (at_least, at_least))  # JPEG only; others ignore it
@@ -170,15 +191,23 @@ def _decoded(
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow's own limit strikes while opening, before the size can be asked for.
+        [size] = re.findall(r"\((\d+) pixels\)", str(error))
         raise DataError(
-            f"{label} is too large: {error} The limit is {MAX_PIXELS:,}."
+            f"{label} has {int(size):,} pixels; the limit is {MAX_PIXELS:,}."
         ) from error
     except FileNotFoundError as error:
         raise DataError(f"{label} does not exist.") from error
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"{label} is not an image that Pillow can read.") from error
-    except _DAMAGE as error:
+        known = ", ".join(FORMATS)
+        raise DataError(f"{label} is not an image of a kind read here: {known}.") from error
+    except DAMAGE as error:
         raise DataError(f"{label} cannot be decoded: {error}.") from error
+
+
+def _check_sums(source: bytes | Path) -> None:
+    """Check a PNG's CRCs, which decoding it does not do: damage would become other pixels."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        image.verify()
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:

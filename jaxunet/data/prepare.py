@@ -21,7 +21,7 @@ from jaxunet.data import drawing, folder, isic2018, synthetic
 from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
 from jaxunet.data.check import check_pair
 from jaxunet.data.prepared import Prepared, Size, check_complete
-from jaxunet.data.sources import Pair, Source
+from jaxunet.data.sources import Pair, Source, same_contents
 from jaxunet.errors import DataError
 
 
@@ -39,7 +39,10 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
     Raises:
         DataError: the source is missing, or has problems, which are all listed.
     """
-    recipe = _recipe(config)
+    try:
+        recipe = _recipe(config)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     make_builder = partial(
         recipe.builder,
         data_dir=config.prepared_dir and config.prepared_dir.expanduser(),
@@ -62,7 +65,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
                 if not directory.exists():
                     _build(builder, directory, progress)
             builder = make_builder()
-    check_complete(builder.info, directory)
+    check_complete(directory)
     return Prepared(
         name=config.name,
         directory=directory,
@@ -141,11 +144,13 @@ def _plan(source: Source, config: DataConfig, where: object) -> Plan:
     items = {split: {pair.id: pair for pair in pairs} for split, pairs in source.splits.items()}
     everything = [pair for pairs in source.splits.values() for pair in pairs]
     mean_bytes = sum(p.image.size + p.mask.size for p in everything) // max(1, len(everything))
+    # The challenge's own data are taken as they are.
+    copies = same_contents(everything) if config.name == "folder" else []
     return Plan(
         items=items,
         make=partial(_make, size, config.binarize),
         where=where,
-        problems=source.problems,
+        problems=source.problems + copies,
         bytes_per_example=max(1, mean_bytes) if size == "native" else 4 * size * size,
     )
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tensorflow_datasets as tfds
 
-from jaxunet.data.builder import IDS_FILE
+from jaxunet.data.builder import IDS_FILE, reading
 from jaxunet.data.records import Records
 from jaxunet.errors import DataError
 
@@ -96,19 +96,30 @@ class Prepared:
 
     @cached_property
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.builder_from_directory(self.directory).info
+        return _read_info(self.directory)
 
 
-def check_complete(info: tfds.core.DatasetInfo, directory: Path) -> None:
-    """Raise `DataError` if files of a prepared dataset are gone or cut short."""
+def check_complete(directory: Path) -> None:
+    """Raise `DataError` if files of a prepared dataset are gone, cut short or garbled."""
+    info = _read_info(directory)
+    with reading(directory):
+        ids = json.loads((directory / IDS_FILE).read_text(encoding="utf-8"))
+        counts = {name: split.num_examples for name, split in info.splits.items()}
+        if {name: len(ids[name]) for name in ids} != counts:
+            raise ValueError(f"{IDS_FILE} does not hold the ids of {counts}")
     paths = [Path(path) for split in info.splits.values() for path in split.filepaths]
     found = sum(path.stat().st_size for path in paths if path.exists())
     expected = sum(split.num_bytes for split in info.splits.values())
-    if not paths or found != expected or not (directory / IDS_FILE).exists():
+    if not paths or found != expected:
         raise DataError(
             f"{directory} is damaged ({found:,} bytes of {expected:,}). Delete it, and it "
             "will be prepared again."
         )
+
+
+def _read_info(directory: Path) -> tfds.core.DatasetInfo:
+    with reading(directory):
+        return tfds.builder_from_directory(directory).info
 
 
 def _base_names(split: str) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import cache
 from operator import index as as_index
+from pathlib import Path
 from typing import Any, Literal, SupportsIndex, TypedDict
 
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxtyping import UInt8
 
-from jaxunet.data.builder import features
+from jaxunet.data.builder import features, reading
 from jaxunet.data.images import read_image, read_mask
 
 
@@ -39,22 +40,29 @@ class Records:
         """
         self.name = name
         self.stored_size = stored_size
+        self._directory = Path(files[0].filename).parent
         self._records = ArrayRecordDataSource(files)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
+        """The example, decoded.
+
+        Raises:
+            DataError: its record is damaged.
+        """
         position = as_index(index)
         if not -len(self) <= position < len(self):
             raise IndexError(f"Example {position} of {len(self)} in {self.name}.")
-        stored = self.stored(position)
-        key = stored["id"].decode()
-        return {
-            "id": key,
-            "image": read_image(stored["image"], name=f"{self.name}: image {key}"),
-            "mask": read_mask(stored["mask"], name=f"{self.name}: mask {key}"),
-        }
+        with reading(self._directory):
+            stored = self.stored(position)
+            key = stored["id"].decode()
+            return {
+                "id": key,
+                "image": read_image(stored["image"], name=f"image {key}"),
+                "mask": read_mask(stored["mask"], name=f"mask {key}"),
+            }
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))

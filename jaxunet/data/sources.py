@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import stat
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -16,7 +17,12 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from jaxunet.data.images import FORMATS
 from jaxunet.errors import DataError
+
+MAX_FILE_BYTES = 2**29
+"""Largest image file that is read. Ten megabytes of zip can claim ten gigabytes; the largest
+image that `read_image` takes has 480 MB, uncompressed with 16 bits a channel."""
 
 _PASSED_OVER = re.compile(
     r"license\.txt|attribution\.txt|thumbs\.db|desktop\.ini|.*_superpixels\.png",
@@ -45,8 +51,11 @@ class SourceFile:
         """Contents of the file; a zip member's CRC is checked.
 
         Raises:
-            DataError: the file cannot be read, or the member is damaged.
+            DataError: the file cannot be read or has more than `MAX_FILE_BYTES`, or the
+                member is damaged.
         """
+        if self.size > MAX_FILE_BYTES:
+            raise DataError(f"{self} has {self.size:,} bytes; the limit is {MAX_FILE_BYTES:,}.")
         try:
             if self.archive is None or self.member is None:
                 return self.path.read_bytes()
@@ -100,10 +109,11 @@ def list_images(root: Path) -> tuple[list[SourceFile], list[str]]:
     """Image files under the folder, or in the zip, `root`, and problems with the others.
 
     Licence texts, superpixels and hidden files are passed over; any other file that is not
-    an image is a problem, and so is a zip member whose name leaves the archive.
+    an image is a problem, and so is a name that is not UTF-8 or that leaves the archive.
 
     Raises:
         DataError: `root` is neither a folder nor a readable zip.
+        OSError: a folder cannot be listed.
     """
     found = _list_folder(root) if root.is_dir() else None
     problems: list[str] = []
@@ -115,7 +125,10 @@ def list_images(root: Path) -> tuple[list[SourceFile], list[str]]:
             continue
         if _PASSED_OVER.fullmatch(file.name):
             continue
-        if PurePosixPath(file.name).suffix.lower() in _image_suffixes():
+        if any("\ud800" <= character <= "\udfff" for character in file.name):
+            # How Python passes on the bytes of a name that cannot be decoded.
+            problems.append(f"{str(file)!a} has a name that is not UTF-8. Rename it.")
+        elif PurePosixPath(file.name).suffix.lower() in _image_suffixes():
             files.append(file)
         else:
             problems.append(f"{file} is not an image. Move it elsewhere.")
@@ -127,7 +140,8 @@ def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
 
     The id is the image's name without its extension. Its mask has that name too, with
     nothing, `_segmentation` or `_mask` added. Every image without exactly one mask, and
-    every mask without exactly one image, is a problem.
+    every mask without exactly one image, is a problem. Letters with accents are the same
+    however they are encoded, which differs between macOS and other systems (Unicode NFC).
     """
     image_files, problems = list_images(images)
     mask_files, mask_problems = list_images(masks)
@@ -135,7 +149,7 @@ def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
     if not image_files:
         problems.append(f"{images} holds no images.")
 
-    by_id = _group((PurePosixPath(file.name).stem, file) for file in image_files)
+    by_id = _group((_stem(file), file) for file in image_files)
     # An image may itself be called `x_mask`, so the whole name is tried first.
     masks_by_id = _group((_mask_id(file, by_id), file) for file in mask_files)
     pairs = []
@@ -155,9 +169,35 @@ def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
     return pairs, problems
 
 
+def same_contents(pairs: Iterable[Pair]) -> list[str]:
+    """A problem for each image file that is another's copy under a second id.
+
+    Copies would be counted twice, and may be dealt into different splits.
+    """
+    by_size: dict[int, list[SourceFile]] = {}
+    for pair in pairs:
+        by_size.setdefault(pair.image.size, []).append(pair.image)
+    problems = []
+    # Only files of one size need to be read, which of compressed images are few.
+    for same_size in (files for files in by_size.values() if len(files) > 1):
+        first: dict[str, SourceFile] = {}
+        for file in same_size:
+            try:
+                digest = hashlib.sha256(file.read()).hexdigest()
+            except DataError:
+                continue  # Reported with its reason when the pair is checked.
+            if digest in first:
+                problems.append(f"{first[digest]} and {file} are the same image. Keep one.")
+            first.setdefault(digest, file)
+    return problems
+
+
 def _list_folder(root: Path) -> list[tuple[SourceFile, tuple[str, ...]]]:
+    def stop(error: OSError) -> None:
+        raise error  # os.walk would pass over the folder in silence.
+
     found = []
-    for folder, names, files in os.walk(root, followlinks=True):
+    for folder, names, files in os.walk(root, onerror=stop, followlinks=True):
         names.sort()
         for name in sorted(files):
             path = Path(folder, name)
@@ -189,13 +229,15 @@ def _list_zip(
 
 @cache
 def _image_suffixes() -> set[str]:
-    return {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def _stem(file: SourceFile) -> str:
+    return unicodedata.normalize("NFC", PurePosixPath(file.name).stem)
 
 
 def _mask_id(mask: SourceFile, image_ids: Iterable[str]) -> str:
-    stem = PurePosixPath(mask.name).stem
+    stem = _stem(mask)
     return stem if stem in image_ids else _MASK_SUFFIX.sub("", stem)
 
 

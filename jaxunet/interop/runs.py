@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config, to_dict
+from jaxunet.errors import DataError
 from jaxunet.files import write_json
 from jaxunet.interop.layouts import LayoutName, layout_of
 from jaxunet.interop.pytorch import (
@@ -45,7 +46,10 @@ def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, La
         RunError: `out` is not empty or can't be written to.
     """
     state = load_weights(weights)
-    model, layout, variables = variables_from_state_dict(state)
+    try:
+        model, layout, variables = variables_from_state_dict(state)
+    except DataError as error:
+        raise DataError(f"{weights} cannot be imported. {error}") from error
     config = replace(config, model=model)
     recipe = make_recipe(config, total_steps=1)
     train_state = jax.tree.map(np.asarray, state_from_variables(recipe, variables))

@@ -5,6 +5,7 @@ which makes tensors and plain containers and refuses everything else.
 """
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -99,11 +100,13 @@ def _read_pickle(path: Path, contents: bytes) -> Mapping[str, Any]:
     try:
         found = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or hostile pickle can make it raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # Not PyTorch's own message, which says how to load the file in spite of it.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would run code ({wanted[1]})" if wanted else "it is none, or damaged"
         raise DataError(
-            f"{path} was not loaded: it is no PyTorch weight file, or it would run code "
-            f"({reason[:200]}). Ask for a .safetensors, or, if you trust it, save its "
-            "weights alone with torch.save(model.state_dict(), FILE)."
+            f"{path} was not loaded as a PyTorch weight file: {reason}. Ask for a "
+            ".safetensors, or, if you trust it, save its weights alone with "
+            "torch.save(model.state_dict(), FILE)."
         ) from error
     if not isinstance(found, Mapping):
         raise DataError(f"{path} holds a {type(found).__name__}, not a state_dict.")

@@ -115,7 +115,9 @@ def test_a_folder_is_split_by_seed_and_the_ids_are_written_down(own: DataConfig)
 def test_a_folder_with_split_folders_keeps_them(own: DataConfig, tmp_path: Path) -> None:
     root = tmp_path / "splits"
     for split, names in {"train": ["a", "b"], "validation": ["c"]}.items():
-        write_files(root / split / "images", {f"{n}.png": encoded(picture(1)) for n in names})
+        write_files(
+            root / split / "images", {f"{n}.png": encoded(picture(ord(n))) for n in names}
+        )
         write_files(root / split / "masks", {f"{n}.png": encoded(half_mask()) for n in names})
     prepared = quiet(own, dir=root)
     assert {split: prepared.ids(split) for split in prepared.counts} == {

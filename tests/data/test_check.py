@@ -106,11 +106,11 @@ def test_a_rotated_image_does_not_fit_its_upright_mask(tmp_path: Path) -> None:
 
 
 def test_both_files_of_a_pair_are_reported(tmp_path: Path) -> None:
-    grey = np.full((30, 40), 7, np.uint8)
+    grey = np.full((30, 40), 200, np.uint8)
     make(tmp_path, {"a.png": IMAGE[:200]}, {"a.png": encoded(grey)})
     image, mask = problems_of(tmp_path)
     assert "images/a.png cannot be decoded" in image
-    assert "masks/a.png holds the values 7" in mask
+    assert "masks/a.png holds the values 200" in mask
     [image] = problems_of(tmp_path, binarize=True)
     assert "images/a.png" in image
 

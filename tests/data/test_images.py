@@ -77,9 +77,8 @@ def test_reads_from_a_path(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(DataError, match="400000000 pixels") as error:
+    with pytest.raises(DataError, match=f"has 400,000,000 pixels; the limit is {MAX_PIXELS:,}"):
         read_image(header_only_png(20_000, 20_000))
-    assert f"{MAX_PIXELS:,}" in str(error.value)
     with pytest.raises(DataError, match=r"9000 x 9000 = 81,000,000"):
         read_image(header_only_png(9000, 9000))
 

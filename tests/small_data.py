@@ -1,16 +1,24 @@
 """Small datasets on disk, made with Pillow and zipfile only."""
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import http.server
 import io
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
+from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from jaxunet.config import DataConfig
 from jaxunet.data import Prepared, prepare
+from jaxunet.data.isic2018 import Isic2018
 
 
 def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:
@@ -56,3 +64,28 @@ def datasets(config: DataConfig) -> list[Path]:
     """Everything that looks like a dataset, whole or not, in the prepared folder."""
     assert config.prepared_dir is not None
     return sorted(config.prepared_dir.glob("*/*/*1.1.0"))
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@contextlib.contextmanager
+def served(root: Path) -> Iterator[None]:
+    """The zips in `root` behind a web server, registered as the official ones are."""
+    handler = functools.partial(Server, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        infos = {}
+        for path in root.iterdir():
+            contents = path.read_bytes()
+            checksum = hashlib.sha256(contents).hexdigest()
+            infos[address + path.name] = UrlInfo(len(contents), checksum, path.name)
+        with (
+            mock.patch("jaxunet.data.isic2018.URL", address),
+            mock.patch.object(Isic2018, "url_infos", infos),
+        ):
+            yield
+        server.shutdown()
