@@ -80,7 +80,11 @@ class Pmap:
         return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)
 
     def gather(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
+        def rows(x: jax.Array) -> np.ndarray:
+            mine = np.concatenate([s.data for s in _in_order(x.addressable_shards)])
+            return mine.reshape(-1, *x.shape[2:])
+
+        return jax.tree.map(rows, tree)
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,16 @@ class ShardMap:
 
     def replicate(self, tree: Any) -> Any:
         sharding = NamedSharding(self._mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda x: jax.device_put(np.asarray(x), sharding, may_alias=False), tree
-        )
+
+        def copy(x: np.ndarray) -> jax.Array:
+            # One by one: a put on devices of several processes would first compare them.
+            copies = [
+                jax.device_put(np.asarray(x), device, may_alias=False)
+                for device in sharding.addressable_devices
+            ]
+            return jax.make_array_from_single_device_arrays(np.shape(x), sharding, copies)
+
+        return jax.tree.map(copy, tree)
 
     def split(self, batch: Any) -> Any:
         sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
@@ -139,8 +150,11 @@ STRATEGIES: dict[str, Callable[[Sequence[jax.Device]], Strategy]] = {
 def make_strategy(
     name: Literal["pmap", "jit"], devices: Sequence[jax.Device] | None = None
 ) -> Strategy:
-    """The strategy `name` over `devices` (none: all)."""
-    return STRATEGIES[name](jax.devices() if devices is None else devices)
+    """The strategy `name` over `devices` (none: all, those of process 0 first)."""
+    if devices is None:
+        # JAX orders a TPU's by their place; the rows of a batch follow the processes.
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return STRATEGIES[name](devices)
 
 
 def check_divisible(name: str, batch_size: int, devices: int) -> None:
