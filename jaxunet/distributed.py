@@ -79,6 +79,9 @@ def initialize() -> None:
             f"{jax.device_count()} devices; all {jax.process_count()} processes must have the "
             "same number."
         )
+    # Opens the connections between devices now: later, when one process takes longer to
+    # compile, the others would wait in vain (Gloo gives up after 30 s).
+    multihost_utils.sync_global_devices("jaxunet")
 
 
 def _integer(name: str, value: str | None) -> int | None:
