@@ -49,29 +49,41 @@ def initialize() -> None:
     which of them this one is.
 
     Raises:
-        ConfigError: nothing says who the others are, what says so is malformed, they don't
-            come, or they have different numbers of devices.
+        ConfigError: nothing says who the others are, what says so is malformed, or they
+            have different numbers of devices. (When they don't come, JAX ends the process.)
     """
+    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
+    found = ", ".join(f"{name}={value}" for name, value in given.items())
+    address, count, index = given[ADDRESS], _integer(COUNT), _integer(INDEX)
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(f"{ADDRESS} is {address!r}, but must be host:port.")
     # It would take SIGTERM for itself; `jaxunet.stopping` agrees on stops.
     jax.config.update("jax_enable_preemption_service", False)
-    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
+    waiting = threading.Timer(
+        PATIENCE,
+        lambda: print(
+            f"waiting up to {MEETING_TIMEOUT} s for the other processes to start ({found})",
+            file=sys.stderr,
+        ),
+    )
+    waiting.start()
     try:
         jax.distributed.initialize(
-            coordinator_address=given[ADDRESS],
-            num_processes=_integer(COUNT, given[COUNT]),
-            process_id=_integer(INDEX, given[INDEX]),
+            coordinator_address=address,
+            num_processes=count,
+            process_id=index,
             initialization_timeout=MEETING_TIMEOUT,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
             "--distributed could not join the other processes: "
             f"{str(error).splitlines()[0]} Start it under Slurm, Open MPI, Kubernetes or on "
             f"Cloud TPU, or set {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}; "
-            f"found {', '.join(f'{name}={value}' for name, value in given.items())}."
+            f"found {found}."
         ) from error
+    finally:
+        waiting.cancel()
     threading.Thread(target=_watch, daemon=True).start()
     if jax.device_count() != jax.local_device_count() * jax.process_count():
         raise ConfigError(
@@ -84,7 +96,8 @@ def initialize() -> None:
     multihost_utils.sync_global_devices("jaxunet")
 
 
-def _integer(name: str, value: str | None) -> int | None:
+def _integer(name: str) -> int | None:
+    value = os.environ.get(name)
     if value is None:
         return None
     try:
