@@ -13,8 +13,9 @@ from presets import PRESETS
 from rich.console import Console
 from rich.table import Table
 
+from jaxunet import distributed
 from jaxunet.config import Config
-from jaxunet.errors import ConfigError, JaxUNetError
+from jaxunet.errors import ConfigError, JaxUNetError, Stopped
 from jaxunet.startup import start
 
 T = TypeVar("T")
@@ -87,10 +88,24 @@ def run_script(main: Callable[[], int | None]) -> None:
     start()
     try:
         status = main() or 0
-    except JaxUNetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 128 + getattr(error, "signal", -127)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        distributed.finish()
+    except (Exception, KeyboardInterrupt) as error:
+        status = _report(error)
     sys.exit(status)
+
+
+def _report(error: BaseException) -> int:
+    """Say what went wrong; the exit status. Raises what is nobody's mistake but ours."""
+    status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, Stopped):  # which all processes are, at the same step
+        status = 128 + error.signal
+    elif distributed.is_joined():
+        distributed.fail(error, status)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif not isinstance(error, JaxUNetError):
+        raise error
+    elif distributed.is_main():
+        print(f"error: {error}", file=sys.stderr)
+    distributed.finish()
+    return status

@@ -11,10 +11,12 @@ import jax
 import tyro
 from command_line import parse, print_scores, run_script
 
+from jaxunet import distributed
 from jaxunet.challenge import evaluate_native, originals
 from jaxunet.config import Config, to_dict
 from jaxunet.data import prepare
 from jaxunet.environment import command_line, environment
+from jaxunet.errors import ConfigError
 from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.feed import Feed
 from jaxunet.files import write_json
@@ -42,6 +44,8 @@ class Arguments:
     """Which checkpoint: the last one, or the best on the validation split."""
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
+    distributed: bool = False
+    """Be one of several processes, each started with this same command; see the README."""
     native: bool = False
     """Predict each original at its own size, write the masks to RUN/native-SPLIT, and score
     them as the challenge does."""
@@ -68,6 +72,10 @@ def score_originals(
 
 def main() -> None:
     arguments = parse(Arguments, "Score a run on a split.")
+    if arguments.distributed:
+        if arguments.native:
+            raise ConfigError("--native runs in one process: leave out --distributed.")
+        distributed.initialize()
     model = load(arguments.run, arguments.checkpoint)
     given = {k: v for k, v in vars(arguments.data).items() if v is not None}
     config = replace(model.config, data=replace(model.config.data, **given))
@@ -82,15 +90,25 @@ def main() -> None:
         if arguments.zip:
             zip_masks(arguments.run / name, arguments.run / f"{name}.zip")
     else:
-        data = prepare(config.data)
-        feed = Feed(strategy, data.source(arguments.split), config.data)
+        data = distributed.main_first(
+            lambda: prepare(config.data, progress=distributed.is_main()), "preparing the data"
+        )
+        feed = Feed(
+            strategy,
+            data.source(arguments.split),
+            config.data,
+            progress=distributed.is_main(),
+        )
         evaluation = evaluate(
             feed,
             feed.compile(partial(eval_step, model.recipe), outputs="replicated"),
             strategy.replicate(model.variables),
             config,
+            progress=distributed.is_main(),
         )
         dataset = describe_split(data, arguments.split, config.data.image_size)
+    if not distributed.is_main():
+        return
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     print_scores(result)
     path = arguments.run / f"evaluation-{name}.json"

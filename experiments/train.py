@@ -8,9 +8,10 @@ from typing import Literal
 from command_line import parse, preset, print_scores, run_script, take_preset
 from presets import PRESETS
 
+from jaxunet import distributed
 from jaxunet.config import Config
 from jaxunet.data import prepare
-from jaxunet.run import load_config
+from jaxunet.run import config_of_main, load_config
 from jaxunet.training import train
 
 
@@ -22,6 +23,8 @@ class Arguments(Config):
     """Go on with the run in --out from its latest checkpoint, or start it if there is none."""
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices; both compute the same."""
+    distributed: bool = False
+    """Be one of several processes, each started with this same command; see the README."""
 
     @property
     def config(self) -> Config:
@@ -44,9 +47,15 @@ def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
 
 def main() -> None:
     arguments, out = read_arguments(sys.argv[1:])
-    config = arguments.config
-    data = prepare(config.data)
+    if arguments.distributed:
+        distributed.initialize()
+    config = config_of_main(lambda: arguments.config)
+    data = distributed.main_first(
+        lambda: prepare(config.data, progress=distributed.is_main()), "preparing the data"
+    )
     outcome = train(config, data, out, resume=arguments.resume, parallel=arguments.parallel)
+    if not distributed.is_main():
+        return
     print_scores(outcome.summary)
     print(f"Pictures:   {', '.join(map(str, outcome.pictures))}")
     print(f"Checkpoint: {out / 'checkpoints' / str(outcome.summary['step'])}")

@@ -1,7 +1,8 @@
 """Checkpoints of a run; the one file that imports Orbax.
 
 Each checkpoint holds the training state as host arrays, so that it is good for any number
-of devices and either strategy, and a JSON object with everything else needed to go on.
+of devices and processes and either strategy, and a JSON object with everything else needed
+to go on.
 """
 
 import math
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxunet.distributed import from_main, is_main, on_main
 from jaxunet.errors import RunError
 from jaxunet.steps import TrainState
 
@@ -26,6 +28,9 @@ class Checkpoints:
     """The checkpoints under one directory: the latest two, and the best by a metric.
 
     Saving is asynchronous and atomic: a checkpoint that was not finished is never listed.
+
+    Of several processes, which must all call, number 0 writes and reads; the others get
+    what it read, and need not see the directory.
     """
 
     def __init__(self, directory: Path, best_metric: str):
@@ -39,6 +44,8 @@ class Checkpoints:
             return metrics.get(best_metric, -math.inf)
 
         self.directory = directory
+        if not is_main():
+            return
         options = ocp.CheckpointManagerOptions(
             best_fn=metric,
             best_mode="max",
@@ -50,8 +57,16 @@ class Checkpoints:
                     ),
                 ]
             ),
+            # Orbax would wait for the other processes, which never come here.
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes={0}, barrier_sync_key_prefix="main"
+            )
+            if jax.process_count() > 1
+            else ocp.options.MultiprocessingOptions(),
         )
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 directory.absolute(), options=options, item_names=("state", "progress")
             )
@@ -63,7 +78,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, in order."""
-        return sorted(self._manager.all_steps(read=True))
+        return on_main(
+            lambda: sorted(self._manager.all_steps(read=True)), "listing the checkpoints"
+        )
 
     def save(
         self,
@@ -76,6 +93,8 @@ class Checkpoints:
         `metrics` are the validation scores of exactly this state, if there are any. A
         checkpoint that already stands at this step is replaced.
         """
+        if not is_main():
+            return
         step = int(state.step)
         if step in self._manager.all_steps():
             self._manager.delete(step)
@@ -90,6 +109,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
+        on_main(self._wait, "saving a checkpoint")
+
+    def _wait(self) -> None:
         self._manager.wait_until_finished()
 
     def step_of(self, which: Which) -> int:
@@ -98,16 +120,16 @@ class Checkpoints:
         Raises:
             RunError: there is no checkpoint.
         """
-        step = None
-        if self.steps():
-            step = self._manager.best_step() if which == "best" else None
-            step = self.steps()[-1] if step is None else step
-        if step is None:
+        steps = self.steps()
+        if not steps:
             raise RunError(
                 f"{self.directory} holds no finished checkpoint; train first, or give "
                 "another run."
             )
-        return step
+        best = None
+        if which == "best":
+            best = on_main(lambda: self._manager.best_step(), "finding the best checkpoint")
+        return steps[-1] if best is None else best
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of `step` as host arrays in the shape of `like`, and its progress.
@@ -115,7 +137,17 @@ class Checkpoints:
         Raises:
             RunError: the checkpoint cannot be read, or is of another architecture.
         """
-        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        state = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+
+        def read() -> dict[str, Any]:
+            nonlocal state
+            state, progress = self._read(step, state)
+            return progress
+
+        progress = on_main(read, "reading a checkpoint")
+        return from_main(state), progress
+
+    def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         try:
             restored = self._manager.restore(
                 step,
@@ -147,7 +179,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finish saving and let go of the directory."""
-        self._manager.close()
+        if is_main():
+            self._manager.close()
 
 
 def _reason(error: Exception) -> str:

@@ -19,3 +19,11 @@ class DataError(JaxUNetError, ValueError):
 
 class RunError(JaxUNetError, RuntimeError):
     """A run directory or checkpoint cannot be used as asked, or a run had to stop."""
+
+
+class Stopped(RunError):
+    """The run was asked to stop, has saved, and can be resumed; `signal` says by what."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number

@@ -61,7 +61,7 @@ class Pmap:
 
     @property
     def _local(self) -> list[jax.Device]:
-        return [d for d in self.devices if d.process_index == jax.process_index()]
+        return _own(self.devices)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         sharding = NamedSharding(Mesh(self._local, (AXIS,)), PartitionSpec(AXIS))
@@ -89,7 +89,11 @@ class Pmap:
         return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data)[0], tree)
 
     def gather(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: _to_host(x).reshape(-1, *x.shape[2:]), tree)
+        def rows(x: jax.Array) -> np.ndarray:
+            mine = np.concatenate([_to_host(s.data) for s in _in_order(x.addressable_shards)])
+            return mine.reshape(-1, *x.shape[2:])
+
+        return jax.tree.map(rows, tree)
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,37 @@ class ShardMap:
     def _mesh(self) -> Mesh:
         return Mesh(np.asarray(self.devices), (AXIS,))
 
+    @property
+    def _local(self) -> list[jax.Device]:
+        return _own(self.devices)
+
     def replicate(self, tree: Any) -> Any:
-        sharding = NamedSharding(self._mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda x: jax.device_put(np.asarray(x), sharding, may_alias=False), tree
-        )
+        def copy(x: Any) -> jax.Array:
+            return self._assemble(PartitionSpec(), np.shape(x), [x] * len(self._local))
+
+        return jax.tree.map(copy, tree)
 
     def split(self, batch: Any) -> Any:
-        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-        )
+        def rows(x: np.ndarray) -> jax.Array:
+            parts = np.split(x, len(self._local))
+            shape = (len(parts[0]) * len(self.devices), *x.shape[1:])
+            return self._assemble(PartitionSpec(AXIS), shape, parts)
+
+        return jax.tree.map(rows, batch)
+
+    def _assemble(
+        self, spec: PartitionSpec, shape: tuple[int, ...], parts: Sequence[Any]
+    ) -> jax.Array:
+        """A global array of one part for each of this process's devices.
+
+        A put on devices of several processes would compare what they put, or be implicit.
+        """
+        placed = [
+            jax.device_put(np.asarray(part), device, may_alias=False)
+            for part, device in zip(parts, self._local, strict=True)
+        ]
+        sharding = NamedSharding(self._mesh, spec)
+        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
     def compile(
         self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
@@ -140,6 +164,10 @@ class ShardMap:
         )
 
 
+def _own(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    return [d for d in devices if d.process_index == jax.process_index()]
+
+
 def _to_host(array: jax.Array) -> np.ndarray:
     """A copy by an explicit transfer, which `jax.transfer_guard("disallow")` lets pass."""
     return np.array(jax.device_get(array))
@@ -158,8 +186,11 @@ STRATEGIES: dict[str, Callable[[Sequence[jax.Device]], Strategy]] = {
 def make_strategy(
     name: Literal["pmap", "jit"], devices: Sequence[jax.Device] | None = None
 ) -> Strategy:
-    """The strategy `name` over `devices` (none: all)."""
-    return STRATEGIES[name](jax.devices() if devices is None else devices)
+    """The strategy `name` over `devices` (none: all, those of process 0 first)."""
+    if devices is None:
+        # JAX orders a TPU's by their place; the rows of a batch follow the processes.
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return STRATEGIES[name](devices)
 
 
 def check_divisible(name: str, batch_size: int, devices: int) -> None:

@@ -10,10 +10,13 @@ summary.json     final scores, by protocol
 
 import fcntl
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxunet.config import Config, differences, from_dict, to_dict
+from jaxunet.distributed import is_main, on_main
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError, RunError
 from jaxunet.files import write_atomically, write_json
@@ -57,8 +60,16 @@ def load_config(run: Path) -> Config:
         ) from error
 
 
+def config_of_main(read: Callable[[], Config]) -> Config:
+    """The configuration that process 0 reads, on every process."""
+    return from_dict(Config, on_main(lambda: to_dict(read()), "reading the configuration"))
+
+
 class RunDirectory:
-    """Exclusive access to one run directory while a run is writing to it."""
+    """Exclusive access to one run directory while a run is writing to it.
+
+    Of several processes number 0 holds it, and the others neither read nor write there.
+    """
 
     def __init__(self, path: Path, config: Config, *, resume: bool):
         """Take hold of `path` for `config`.
@@ -69,6 +80,11 @@ class RunDirectory:
                 in a field that must not change.
         """
         self.path, self.config = path, config
+        self._lock: IO[str] | None = None
+        on_main(partial(self._take, resume), "taking hold of the run directory")
+
+    def _take(self, resume: bool) -> None:
+        path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("w")
@@ -119,11 +135,14 @@ class RunDirectory:
 
     def write_config(self, dataset: dict[str, Any]) -> None:
         """config.json: the configuration and all that is known of where it runs."""
+        if not is_main():
+            return
         record = {"config": to_dict(self.config), "command": command_line(), **environment()}
         write_json(self.path / "config.json", {**record, "dataset": dataset})
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> "RunDirectory":
         return self

@@ -14,7 +14,7 @@ from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config
 from jaxunet.errors import RunError
 from jaxunet.parallel import Strategy
-from jaxunet.run import load_config
+from jaxunet.run import config_of_main, load_config
 from jaxunet.steps import Recipe, init_state, make_recipe, predict_step
 
 Probabilities = Callable[
@@ -44,7 +44,7 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
     Raises:
         RunError: `run` is no run directory or has no checkpoint that fits its configuration.
     """
-    config = load_config(run)
+    config = config_of_main(lambda: load_config(run))
     recipe = make_recipe(config, total_steps=_SCHEDULE_IS_IRRELEVANT)
     checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric)
     try:

@@ -4,12 +4,10 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import jax
@@ -20,7 +18,8 @@ from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, to_dict
 from jaxunet.data.order import Order
 from jaxunet.data.prepare import Prepared
-from jaxunet.errors import RunError
+from jaxunet.distributed import is_main
+from jaxunet.errors import RunError, Stopped
 from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.feed import Feed
 from jaxunet.files import write_json
@@ -29,17 +28,10 @@ from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.reporting import write_figures
 from jaxunet.run import MetricsLog, RunDirectory
 from jaxunet.steps import TrainState, eval_step, init_state, make_recipe, train_step
+from jaxunet.stopping import StopVote, stop_requests
 from jaxunet.trained import compile_probabilities
 
 STEPS_IN_FLIGHT = 2  # dispatched before the loop waits for the oldest one's loss
-
-
-class Stopped(RunError):
-    """The run was asked to stop, has saved, and can be resumed; `signal` says by what."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = number
 
 
 @dataclass
@@ -63,24 +55,6 @@ class Outcome:
     pictures: list[Path]
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that receives SIGTERM or SIGINT; a second one kills at once, as usual."""
-    received: list[int] = []
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     """One run of training in one run directory."""
 
@@ -97,10 +71,11 @@ class Trainer:
         check_divisible("train.batch_size", config.train.batch_size, devices)
         check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
         self.config, self.data, self.run = config, data, run
-        self.show_progress = show_progress
+        self.show_progress = show_progress and is_main()
         self.strategy: Strategy = make_strategy(parallel)
+        self.own_strategy: Strategy = make_strategy(parallel, jax.local_devices())
         self.train_feed, self.validation_feed = (
-            Feed(self.strategy, data.source(split), config.data, progress=show_progress)
+            Feed(self.strategy, data.source(split), config.data, progress=self.show_progress)
             for split in (config.data.train_split, config.data.validation_split)
         )
         self.order = Order(
@@ -138,14 +113,14 @@ class Trainer:
         try:
             state = self._restore()
             self.run.write_config(self._dataset(self.config.data.train_split))
-            self.log = MetricsLog(
-                self.run.path, keep_lines=self.progress.lines, step=self.first_step
-            )
+            self.log = self._open_log()
             try:
-                with stop_requests() as self.stop:
+                with stop_requests() as received:
+                    self.stop = StopVote(self.strategy, received)
                     return self._loop(state)
             finally:
-                self.log.close()
+                if self.log is not None:
+                    self.log.close()
         finally:
             self.checkpoints.close()
 
@@ -198,14 +173,14 @@ class Trainer:
                     self._losses.append((step, metrics))
                     self._collect(STEPS_IN_FLIGHT, bar)
                     bar.update()
-                    every = self.config.train.checkpoint_every
-                    if self.stop or (every and step % every == 0 and step < last):
+                    every, stop = self.config.train.checkpoint_every, self.stop()
+                    if stop or (every and step % every == 0 and step < last):
                         self._collect(0, bar)
                         self._save(state)
-                    self._raise_if_stopped(step)
+                    self._raise_if(stop, step)
                 self._collect(0, bar)
             evaluation = self._evaluate(state, epoch, step)
-            self._raise_if_stopped(step)
+            self._raise_if(self.stop(), step)
         if evaluation is None:  # resumed after the last epoch was already evaluated
             evaluation = self._run_eval_step(state)
         summary = self._finish(evaluation, step)
@@ -243,10 +218,16 @@ class Trainer:
                     },
                 )
 
+    def _open_log(self) -> MetricsLog | None:
+        if not is_main():
+            return None
+        return MetricsLog(self.run.path, keep_lines=self.progress.lines, step=self.first_step)
+
     def _write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
-        self.log.write(
-            step=step, epoch=epoch, split=split, values=values, seconds=self._seconds()
-        )
+        if self.log is not None:
+            self.log.write(
+                step=step, epoch=epoch, split=split, values=values, seconds=self._seconds()
+            )
         self.progress.lines += 1
 
     def _seconds(self) -> float:
@@ -259,14 +240,14 @@ class Trainer:
         record = {**vars(self.progress), "config": to_dict(self.config)}
         self.checkpoints.save(self.strategy.fetch(state), record, metrics)
 
-    def _raise_if_stopped(self, step: int) -> None:
-        if self.stop:
+    def _raise_if(self, stop: int, step: int) -> None:
+        if stop:
             self.checkpoints.wait()
-            name = signal.Signals(self.stop[0]).name
+            name = signal.Signals(stop).name
             raise Stopped(
                 f"Stopped by {name} after step {step} of {self.total_steps}, which is saved. "
                 f"Go on with the same command and --resume --out {self.run.path}.",
-                self.stop[0],
+                stop,
             )
 
     def _run_eval_step(
@@ -283,9 +264,9 @@ class Trainer:
 
     def _evaluate(self, state: Any, epoch: int, step: int) -> Evaluation:
         def check_stop() -> None:
-            if self.stop:
+            if stop := self.stop():
                 self._save(state)
-                self._raise_if_stopped(step)
+                self._raise_if(stop, step)
 
         evaluation = self._run_eval_step(state, check_stop)
         train_loss = self.progress.epoch_loss / self.progress.epoch_examples
@@ -322,14 +303,17 @@ class Trainer:
             "metric": self.config.train.best_metric,
             "step": self.checkpoints.step_of("best"),
         }
-        write_json(self.run.path / "summary.json", summary)
+        if is_main():
+            write_json(self.run.path / "summary.json", summary)
         return summary
 
     def _draw(self, state: TrainState, evaluation: Evaluation) -> list[Path]:
+        if not is_main():
+            return []
         dataset = self._dataset(self.config.data.validation_split)
         return write_figures(
             self.run.path,
-            compile_probabilities(self.strategy, self.recipe, state.variables),
+            compile_probabilities(self.own_strategy, self.recipe, state.variables),
             evaluation.counts,
             self.validation_feed.source,
             image_size=self.config.data.image_size,
