@@ -12,7 +12,6 @@ from jaxtyping import Float, UInt8
 
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config
-from jaxunet.errors import RunError
 from jaxunet.parallel import Strategy
 from jaxunet.run import config_of_main, load_config
 from jaxunet.steps import Recipe, init_state, make_recipe, predict_step
@@ -46,20 +45,13 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
     """
     config = config_of_main(lambda: load_config(run))
     recipe = make_recipe(config, total_steps=_SCHEDULE_IS_IRRELEVANT)
-    checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric)
+    checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric, read_only=True)
     try:
         like = jax.eval_shape(partial(init_state, recipe))
-        step = checkpoints.step_of(which)
-        state, progress = checkpoints.restore(step, like)
+        step, state, progress = checkpoints.restore(which, like)
     finally:
         checkpoints.close()
-    epoch = progress.get("evaluated_epochs")
-    if not isinstance(epoch, int):
-        raise RunError(
-            f"The progress of checkpoint {step} in {run / 'checkpoints'} is damaged: "
-            f"evaluated_epochs is {epoch!r}. Take another checkpoint, or train again."
-        )
-    return TrainedModel(config, recipe, state.variables, step, epoch)
+    return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
 
 
 _SCHEDULE_IS_IRRELEVANT = 2**31 - 1

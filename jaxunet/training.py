@@ -127,15 +127,7 @@ class Trainer:
     def _restore(self) -> Any:
         host = jax.tree.map(np.asarray, jax.jit(partial(init_state, self.recipe))())
         if self.checkpoints.steps():
-            step = self.checkpoints.step_of("latest")
-            host, progress = self.checkpoints.restore(step, host)
-            missing = sorted({"config", *vars(Progress())} - set(progress))
-            if missing:
-                raise RunError(
-                    f"The progress of checkpoint {step} in {self.checkpoints.directory} is "
-                    f"damaged: {', '.join(missing)} not in it. Move that checkpoint away, and "
-                    "the one before it is used."
-                )
+            step, host, progress = self.checkpoints.restore("latest", host)
             progress.pop("config")
             self.progress = Progress(**progress)
             self.batches.set_state(self.progress.loader)

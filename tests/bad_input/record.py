@@ -36,8 +36,8 @@ def main() -> int:
     status = pytest.main([str(HERE)], plugins=[recorder])
     if status:
         return int(status)
+    from jaxunet.environment import environment
     from jaxunet.files import write_json
-    from jaxunet.run import environment
 
     outcomes = [row["outcome"] for row in recorder.table]
     fuzzed = sum(sum(found.values()) for found in recorder.fuzzed.values())

@@ -150,17 +150,17 @@ ROWS = [
     evaluated(
         "checkpoint with garbled scores",
         lambda world: world.file("run/checkpoints/1/metrics/metrics", "{"),
-        "The checkpoints in run/checkpoints cannot be listed: .* metrics/metrics is damaged",
+        rf"{CHECKPOINT} is damaged: metrics cannot be read .* Move it away",
     ),
     evaluated(
         "checkpoint with garbled progress",
         lambda world: world.file("run/checkpoints/1/progress/metadata", "{}"),
-        "The progress of checkpoint 1 in run/checkpoints is damaged: evaluated_epochs is None",
+        rf"{CHECKPOINT} is damaged: its contents are not those of its checksum",
     ),
     resumed(
         "resumed with garbled progress",
         lambda world: world.file("run/checkpoints/1/progress/metadata", "{}"),
-        "The progress of checkpoint 1 in run/checkpoints is damaged",
+        rf"{CHECKPOINT} is damaged: its contents are not those of its checksum",
     ),
     resumed(
         "resumed after metrics.jsonl was edited",
