@@ -1,6 +1,8 @@
 """What the scripts share: presets by name, typed options, errors without tracebacks."""
 
 import difflib
+import errno
+import logging
 import os
 import sys
 import warnings
@@ -12,6 +14,7 @@ from PIL import Image
 from presets import PRESETS
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from jaxunet import distributed
 from jaxunet.config import Config
@@ -78,11 +81,17 @@ def _unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run `main`; a user's mistake becomes one paragraph on stderr and exit status 1."""
     # XLA's and TensorFlow's start-up chatter is not for the user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.unraisablehook = _unraisable
+    # Of a checkpoint that can't be written, every array would complain by itself.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Such pictures are refused, with a lower limit than Pillow's and by name.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     start()
@@ -96,6 +105,9 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 def _report(error: BaseException) -> int:
     """Say what went wrong; the exit status. Raises what is nobody's mistake but ours."""
+    if isinstance(error, OSError) and _is_full(error):
+        where = f" for {error.filename}" if error.filename else ""
+        error = JaxUNetError(f"{error.strerror}{where}. What was written before is whole.")
     status = 130 if isinstance(error, KeyboardInterrupt) else 1
     if isinstance(error, Stopped):  # which all processes are, at the same step
         status = 128 + error.signal
@@ -106,6 +118,6 @@ def _report(error: BaseException) -> int:
     elif not isinstance(error, JaxUNetError):
         raise error
     elif distributed.is_main():
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # not on a progress bar
     distributed.finish()
     return status

@@ -11,7 +11,7 @@ from presets import PRESETS
 from jaxunet import distributed
 from jaxunet.config import Config
 from jaxunet.data import prepare
-from jaxunet.run import config_of_main, load_config
+from jaxunet.run import RunDirectory, config_of_main, load_config
 from jaxunet.training import train
 
 
@@ -50,6 +50,8 @@ def main() -> None:
     if arguments.distributed:
         distributed.initialize()
     config = config_of_main(lambda: arguments.config)
+    with RunDirectory(out, config, resume=arguments.resume):
+        pass  # whatever is wrong with --out is said before the data are prepared
     data = distributed.main_first(
         lambda: prepare(config.data, progress=distributed.is_main()), "preparing the data"
     )

@@ -288,6 +288,9 @@ def _json_damage(path: Path) -> str:
 
 def _reason(error: Exception) -> str:
     """What Orbax says first; after it, it prints whole arrays."""
+    for reason in ("No space left on device", "Disk quota exceeded"):
+        if reason in str(error):  # behind the names of half a dozen files
+            return reason
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].endswith("tree structures do not match:"):
         return f"it is of another model, with a difference in {lines[1].rstrip(':')}"

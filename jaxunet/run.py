@@ -10,10 +10,16 @@ summary.json     final scores, by protocol
 
 import fcntl
 import json
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxunet.config import Config, differences, from_dict, to_dict
 from jaxunet.distributed import is_main, on_main
@@ -176,14 +182,11 @@ class MetricsLog:
 
     def __init__(self, run: Path, *, keep_lines: int, step: int):
         """Go on at `step` after `keep_lines` lines; a killed run's later ones are dropped."""
-        from tensorboardX import SummaryWriter
-
         path = run / "metrics.jsonl"
         kept = read_metrics(path)[:keep_lines]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.lines = kept
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._events = Events(run / "tensorboard", purge_step=step + 1)
 
     def write(
         self, *, step: int, epoch: int, split: str, values: dict[str, float], seconds: float
@@ -195,12 +198,49 @@ class MetricsLog:
             "values": values,
             "wall_seconds": round(seconds, 3),
         }
-        self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.write(f"{split}/{name}", value, step)
+        except OSError as error:
+            raise RunError(
+                f"{self._file.name} cannot be written to: {error.strerror}. What was saved "
+                "before is whole. Once that is mended, go on with --resume."
+            ) from error
+
+    def close(self) -> None:
+        # On a full disk even this fails; what was flushed before is all there is.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._events.close()
+
+
+class Events:
+    """Scalars for TensorBoard.
+
+    Written here and now: tensorboardX's `SummaryWriter` does so in a thread, whose errors
+    nobody hears.
+    """
+
+    FLUSH_SECONDS = 10.0
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        """Go on in `folder`; TensorBoard drops what older files say from `purge_step` on."""
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(step=purge_step, file_version="brain.Event:2"))
+        self._file.write_event(Event(step=purge_step, session_log=start))
+        self._flushed = time.monotonic()
+
+    def write(self, name: str, value: float, step: int) -> None:
+        event = Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+        self._file.write_event(event)
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()

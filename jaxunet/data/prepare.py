@@ -170,10 +170,11 @@ def _build(builder: PairsBuilder, directory: Path, progress: bool) -> None:
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises the latter
         if directory.exists():
             return  # Another process, which the lock could not hold back, was first.
-        raise DataError(f"{directory} cannot be written: {error}.") from error
+        reason = str(error).splitlines()[0].partition(";")[0]
+        raise DataError(f"{directory} cannot be written: {reason}.") from error
 
 
 def _digest(*values: object) -> str:
