@@ -17,7 +17,7 @@ from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
 from jaxunet.data import prepare
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError
-from jaxunet.figures import throughput
+from jaxunet.figures import scaling, throughput
 from jaxunet.files import write_json
 from jaxunet.parallel import check_divisible, make_strategy
 
@@ -258,6 +258,16 @@ def fits(points: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Cost against size, if the sweep has only that; else a bar for every time."""
+    points = result["points"]
+    for axis, fit in result["fits"].items():
+        if "memory_exponent" in fit and len(fit["values"]) == len(points):
+            scaling(points, axis, path, title(result))
+            return
+    throughput(points, path, title(result))
+
+
 def show(result: dict[str, Any]) -> None:
     """A table of every time, and what it is compared with."""
     table = Table(title=title(result), title_justify="left")
@@ -409,7 +419,7 @@ def main() -> None:
         result["points"].append(point)
         result["fits"] = fits(result["points"])
         write_json(path, result)  # after each point: an interrupted sweep keeps the others
-    throughput(result["points"], path.with_suffix(".png"), title(result))
+    draw(result, path.with_suffix(".png"))
     show(result)
     print(f"Written: {path} and {path.with_suffix('.png')}")
     if arguments.profile is not None:

@@ -227,7 +227,7 @@ def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.barh(place, median, color=colour, height=0.7)
         axes.plot([low, high], [place, place], color=BLACK, linewidth=2)
         axes.annotate(
-            f"{median:.3g}",
+            f"{median:,.0f}" if median >= 100 else f"{median:.3g}",
             (max(median, high), place),
             xytext=(4, 0),
             textcoords="offset points",
@@ -238,6 +238,42 @@ def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.1)
     _finish(axes, title, "milliseconds a step", "")
+    _save(figure, path)
+
+
+def scaling(points: list[dict[str, Any]], axis: str, path: Path, title: str) -> None:
+    """Draw a training step's time and memory against a size to the PNG file `path`.
+
+    Both on logarithmic axes, with the fitted powers: dots are medians, whiskers quartiles.
+
+    Args:
+        points: the result's `points`, in which `axis` of the setting varies.
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    sizes = [point["setting"][axis] for point in points]
+    ours = [point["train"]["jaxunet"] for point in points]
+    times = [1e3 * o["step_seconds"]["median"] for o in ours]
+    spread = np.array([[1e3 * x for x in o["step_seconds"]["quartiles"]] for o in ours])
+    memory = [o["program_bytes"] / 1e6 for o in ours]
+    name = axis.replace("_", " ")
+    for axes, values, what in zip(
+        figure.subplots(1, 2),
+        (times, memory),
+        ("milliseconds a step", "MB of the compiled step"),
+        strict=True,
+    ):
+        power, offset = np.polyfit(np.log(sizes), np.log(values), 1)
+        axes.loglog(sizes, np.exp(offset) * np.array(sizes) ** power, color=SKY, label="fit")
+        axes.plot(sizes, values, "o", color=BLUE, label="measured")
+        if values is times:
+            axes.vlines(sizes, *spread.T, color=BLACK, linewidth=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        low, high = min(values), max(values)
+        ticks = [low * (high / low) ** (step / 3) for step in range(4)]
+        axes.set_yticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        _finish(axes, f"grows as {name} to the power {power:.2f}", name, what)
     _save(figure, path)
 
 

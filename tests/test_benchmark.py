@@ -155,6 +155,7 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path):
     assert [4, 16, 16, 8, 4] in [entry["shape"] for entry in layers]
     assert set(found["preparation"]) == {"full_decode", "one_core", "all_cores"}
     assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
 def test_what_has_no_pytorch_side_is_refused_before_anything_is_measured(tmp_path):

@@ -20,7 +20,6 @@ def test_memory_files_and_checkpoints_stay_flat(tmp_path):
 
 
 def test_growth_is_seen():
-    kept = {"checkpoints": 3}
     samples = [
         {
             "step": n,
