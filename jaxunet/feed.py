@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from tqdm import tqdm
 
 from jaxunet.config import DataConfig
@@ -92,7 +93,8 @@ def gather(split: Any, batch: Any) -> Any:
     index = batch["index"]
     real = (index != PADDING)[:, None, None, None]
     found = {name: jnp.where(real, split[name][index], 0) for name in ("image", "mask")}
-    return {**found, "weight": batch["weight"]}
+    # Gathered once; else the compiler may gather anew for each operation that reads them.
+    return {**lax.optimization_barrier(found), "weight": batch["weight"]}
 
 
 def _index_batches(order: Order, start: int, stop: int) -> Iterator[HostBatch]:

@@ -17,10 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
 from jaxunet.config import Config, differences, from_dict, to_dict
 from jaxunet.distributed import is_main, on_main
 from jaxunet.environment import command_line, environment
@@ -228,6 +224,16 @@ class Events:
 
     def __init__(self, folder: Path, *, purge_step: int):
         """Go on in `folder`; TensorBoard drops what older files say from `purge_step` on."""
+        # Imported late: where PyTorch is installed, tensorboardX imports it.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        def scalar(name: str, value: float, step: int) -> Any:
+            content = summary.scalar(name, value)
+            return Event(wall_time=time.time(), step=step, summary=content)
+
+        self._scalar = scalar
         folder.mkdir(exist_ok=True)
         self._file = EventsWriter(str(folder / "events"))
         start = SessionLog(status=SessionLog.START)
@@ -236,8 +242,7 @@ class Events:
         self._flushed = time.monotonic()
 
     def write(self, name: str, value: float, step: int) -> None:
-        event = Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
-        self._file.write_event(event)
+        self._file.write_event(self._scalar(name, value, step))
         if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
             self._file.flush()
             self._flushed = time.monotonic()

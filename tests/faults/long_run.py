@@ -22,7 +22,6 @@ from jaxunet.run import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 100
-INTERVAL = 0.5  # seconds between two looks
 MARGIN_MB = 16.0
 MARGIN_FILES = 4
 
@@ -40,12 +39,16 @@ def look(pid: int, run: Path) -> dict[str, int]:
     }
 
 
-def watch(steps: int, work: Path, *, progress: bool = True) -> dict[str, Any]:
+def watch(
+    steps: int, work: Path, *, interval: float = 0.5, progress: bool = True
+) -> dict[str, Any]:
     """Train for `steps` (a multiple of `STEPS_PER_EPOCH`) and describe what was seen.
 
+    Looks every `interval` seconds, from the first logged line to the last step.
+
     Returns:
-        `samples`, and of each measure its median in the second quarter and in the last one:
-        in the first one, caches fill.
+        `samples`, and of each measure its median in the second quarter of them and in the
+        last one: in the first one, caches fill.
     """
     options = [
         *("--data.image-size", "16", "--data.synthetic-train", str(4 * STEPS_PER_EPOCH)),
@@ -65,20 +68,20 @@ def watch(steps: int, work: Path, *, progress: bool = True) -> dict[str, Any]:
         )
         with tqdm(total=steps, unit="step", disable=not progress) as bar:
             while process.poll() is None:
-                time.sleep(INTERVAL)
+                time.sleep(interval)
                 lines = read_metrics(log)
-                if lines and process.poll() is None:
-                    bar.update(lines[-1]["step"] - bar.n)
-                    samples.append({"step": bar.n, **look(process.pid, work / "run")})
+                if lines and lines[-1]["step"] < steps:
+                    step = lines[-1]["step"]
+                    bar.update(step - bar.n)
+                    samples.append({"step": step, **look(process.pid, work / "run")})
     if process.returncode:
         raise AssertionError((work / "output").read_text()[-2000:])
     return {"steps": steps, "options": options[:-4], **describe(samples), "samples": samples}
 
 
 def describe(samples: list[dict[str, int]]) -> dict[str, Any]:
-    last = samples[-1]["step"]
-    second = [s for s in samples if last / 4 <= s["step"] < last / 2]
-    fourth = [s for s in samples if last * 3 / 4 <= s["step"]]
+    quarter = len(samples) // 4
+    second, fourth = samples[quarter : 2 * quarter], samples[-quarter:]
     described = {
         name: {
             "second_quarter": statistics.median(s[name] for s in second),
