@@ -49,25 +49,32 @@ def sound(config, tmp_path_factory):
     return out / "run", longer, data, outcome
 
 
-def arrays(checkpoint: Path) -> Path:
-    """The file that holds most of the values."""
-    return max((checkpoint / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+def arrays(checkpoint: Path) -> list[Path]:
+    """The files of values: how TensorStore spreads them differs from one save to the next."""
+    return [path for path in (checkpoint / "state").rglob("d/*") if path.is_file()]
 
 
 def flip_a_bit(checkpoint: Path) -> None:
-    contents = bytearray(arrays(checkpoint).read_bytes())
-    contents[len(contents) // 2] ^= 4
-    arrays(checkpoint).write_bytes(contents)
+    for path in arrays(checkpoint):
+        contents = bytearray(path.read_bytes())
+        contents[len(contents) // 2] ^= 4
+        path.write_bytes(contents)
 
 
 def cut_short(checkpoint: Path) -> None:
-    arrays(checkpoint).write_bytes(arrays(checkpoint).read_bytes()[:-100])
+    for path in arrays(checkpoint):
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove(checkpoint: Path) -> None:
+    for path in arrays(checkpoint):
+        path.unlink()
 
 
 DAMAGES = {
-    "a flipped bit": flip_a_bit,
+    "flipped bits": flip_a_bit,
     "arrays cut short": cut_short,
-    "arrays gone": lambda checkpoint: arrays(checkpoint).unlink(),
+    "arrays gone": remove,
     "state gone": lambda checkpoint: shutil.rmtree(checkpoint / "state"),
     "manifest gone": lambda checkpoint: (checkpoint / "state" / "manifest.ocdbt").unlink(),
     "progress gone": lambda checkpoint: shutil.rmtree(checkpoint / "progress"),
