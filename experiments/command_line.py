@@ -4,10 +4,11 @@ import difflib
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import tyro
 from PIL import Image
@@ -95,12 +96,27 @@ def run_script(main: Callable[[], int | None]) -> None:
     # Such pictures are refused, with a lower limit than Pillow's and by name.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     start()
+    status: Any
     try:
         status = main() or 0
         distributed.finish()
+    except SystemExit as error:  # `--help`
+        status = error.code
     except (Exception, KeyboardInterrupt) as error:
         status = _report(error)
+    if _is_closed(sys.stdout, ""):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = status or 128 + signal.SIGPIPE
     sys.exit(status)
+
+
+def _is_closed(stream: IO[str], text: str) -> bool:
+    """Whether nobody reads the pipe `stream` any more, as in `| head`; else write `text`."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _report(error: BaseException) -> int:
@@ -115,6 +131,8 @@ def _report(error: BaseException) -> int:
         distributed.fail(error, status)
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
+    elif isinstance(error, BrokenPipeError) and _is_closed(sys.stdout, "\n"):
+        return 128 + signal.SIGPIPE
     elif not isinstance(error, JaxUNetError):
         raise error
     elif distributed.is_main():

@@ -185,3 +185,13 @@ def test_help_explains_every_option(script):
     output = run(script, "--help")
     assert "--data.dir" in output or "--overlay" in output
     assert re.search(r"Run directory|where the source files are", output, re.IGNORECASE)
+
+
+def test_a_reader_that_leaves_ends_a_script_without_a_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has seen enough
+    done = subprocess.run(
+        command("train.py", "--help"), stdout=writing, stderr=subprocess.PIPE, env=environment()
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
