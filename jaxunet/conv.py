@@ -26,6 +26,9 @@ ROW_BLOCK_PIXELS = 128 * 128
 at least so many pixels, from so many channels on: XLA's rate falls with the image there."""
 PIXELS_PER_BLOCK = 2048
 """Pixels in such a block, whose nine shifted copies then fit a core's cache."""
+STRIP_WIDTH = 2048
+"""Strips of images are laid side by side up to so many columns: XLA shares a convolution
+among cores by its columns, a few hundred to each."""
 
 Image = Float[Array, "_ _ _ _"]
 Kernel = Float[Array, "3 3 _ _"]
@@ -43,23 +46,28 @@ def conv3x3(
       gradient of the kernel) are Winograd's F(2x2, 3x3) (Lavin and Gray 2016,
       arXiv:1509.09308): 16 matrix products over a quarter of the pixels where the direct form
       has 9 over all, so 2.25 times fewer multiplications.
-    - Below that, the gradient of the kernel of large images is a matrix product summed over
-      blocks of rows.
+    - Below that, the forward product and the gradient of the input are XLA's convolution of
+      strips of the images laid side by side: XLA (YNNPACK) shares a convolution among cores
+      by its columns alone, and leaves images of 64 columns to one core. The values are the
+      same, bit for bit. The gradient of the kernel of large images is a matrix product
+      summed over blocks of rows.
     - Below 16 channels on one side, groups of neighbouring pixels stand for more channels.
     - All else, and every other platform and type, is `lax.conv_general_dilated`.
 
     GFLOP/s, counted for the direct form, of XLA's convolution and of the form that is chosen
-    instead (batch 4, float32, two cores of an AMD EPYC with AVX-512, jax 0.10.2; a product of
-    large matrices reaches 360 there, and PyTorch's oneDNN about as much in all three):
+    instead (batch 4, float32, each compiled alone, medians; two cores of an AMD EPYC with
+    AVX-512 that other machines share, jax 0.10.2; a product of large matrices reaches 200
+    there):
 
         pixels   channels   forward      input gradient   kernel gradient
-        128x128    3 -> 16   43 -> 100     20 ->  49         47
-        128x128   16 -> 16  185           188                90 -> 103
-        128x128   32 -> 16  198           230               102 -> 105
-         64x64    32 -> 32  220           225               118
-         32x32    64 -> 64  195 -> 236    204 -> 237        140 -> 118
-         32x32   128 -> 64  217 -> 479    219 -> 504        170 -> 233
-         16x16  128 -> 128  382 -> 401    379 -> 399        297 -> 360
+        128x128    3 -> 16   19 ->  25     11 ->  18         24 ->  31
+        128x128   16 -> 16   57            57                30 ->  69
+        128x128   32 -> 16   89 -> 106     90 -> 121         32 ->  56
+         64x64    64 -> 32   96 -> 132     88 -> 135         75
+         64x64    32 -> 32   93 -> 134     77 -> 130         73
+         32x32    64 -> 64   90 -> 123     81 -> 130         76 ->  78
+         32x32   128 -> 64   86 -> 202     85 -> 188         81 -> 101
+         16x16  128 -> 128  197 -> 189    190 -> 174        166 -> 133
     """
     return _forward(x, kernel)
 
@@ -69,6 +77,8 @@ def _forward(x: Image, kernel: Kernel) -> Image:
         return lax.platform_dependent(x, kernel, cpu=_winograd_conv, default=_plain_conv)
     if _grouping_pays(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=_grouped_conv, default=_plain_conv)
+    if _strips_pay(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=_strip_conv, default=_plain_conv)
     return _plain_conv(x, kernel)
 
 
@@ -96,6 +106,10 @@ def _backward_rule(residuals: tuple[Image, Kernel], dy: Image) -> tuple[Image, K
     if _grouping_pays(x, kernel):
         dx = lax.platform_dependent(
             kernel, dy, cpu=_grouped_input_gradient, default=plain_input_gradient
+        )
+    elif _strips_pay(x, kernel):
+        dx = lax.platform_dependent(
+            kernel, dy, cpu=_strip_input_gradient, default=plain_input_gradient
         )
     else:
         dx = plain_input_gradient(kernel, dy)
@@ -182,6 +196,11 @@ def _row_blocks_pay(x: Image, kernel: Kernel) -> bool:
         and min(kernel.shape[2:]) >= ROW_BLOCK_CHANNELS
         and x.shape[1] * x.shape[2] >= ROW_BLOCK_PIXELS
     )
+
+
+def _strips_pay(x: Image, kernel: Kernel) -> bool:
+    """XLA shares the convolutions of fewer channels among cores by itself."""
+    return _wide_float(x) and max(kernel.shape[2:]) > GROUPED_CHANNELS
 
 
 def _grouping_pays(x: Image, kernel: Kernel) -> bool:
@@ -294,9 +313,42 @@ def _winograd_kernel_gradient(x: Image, dy: Image) -> Kernel:
         half_sum, half_difference = (m[1] + m[2]) / 2, (m[1] - m[2]) / 2
         return [m[0] + half_sum, half_difference, half_sum + m[3]]
 
-    pairs = zip(_input_planes(x), _output_gradient_planes(dy), strict=True)
-    rows = transform([jnp.einsum("pti,pto->pio", v, d) for v, d in pairs])
+    # Transposed on its own, before the product: with the left operand as it is, XLA leaves the
+    # product to Eigen, whose threads wait for each other (a third more for a step of width 16).
+    planes = [lax.optimization_barrier(v.swapaxes(1, 2)) for v in _input_planes(x)]
+    pairs = zip(planes, _output_gradient_planes(dy), strict=True)
+    rows = transform([v @ d for v, d in pairs])
     return jnp.stack([jnp.stack(transform(list(row))) for row in rows])
+
+
+def _strip_conv(x: Image, kernel: Kernel) -> Image:
+    """The convolution of one wide image: strips of all images, side by side.
+
+    Each strip brings the rows above and below it along, and is followed by a column of zeros;
+    what the convolution gives for that column is dropped.
+    """
+    b, h, w, cin = x.shape
+    strips = 1
+    while b * strips * (w + 1) < STRIP_WIDTH and h % (2 * strips) == 0:
+        strips *= 2
+    rows = h // strips
+    x = jnp.pad(x, ((0, 0), (1, 1), (0, 1), (0, 0)))
+    x = jnp.stack([x[:, s * rows : (s + 1) * rows + 2] for s in range(strips)], axis=1)
+    x = x.transpose(2, 0, 1, 3, 4).reshape(1, rows + 2, b * strips * (w + 1), cin)
+    y = lax.conv_general_dilated(
+        x, kernel, (1, 1), ((0, 0), (1, 1)), dimension_numbers=DIMENSIONS
+    )
+    y = y.reshape(rows, b, strips, w + 1, -1)[:, :, :, :w]
+    return y.transpose(1, 2, 0, 3, 4).reshape(b, h, w, -1)
+
+
+def _strip_input_gradient(kernel: Kernel, dy: Image) -> Image:
+    return _strip_conv(dy, _turned(kernel))
+
+
+def _turned(kernel: Kernel) -> Kernel:
+    """By 180 degrees, its channels swapped: the gradient of the input is its convolution."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
 def _grouped_conv(x: Image, kernel: Kernel) -> Image:
@@ -324,7 +376,7 @@ def _grouped_conv(x: Image, kernel: Kernel) -> Image:
 
 
 def _grouped_input_gradient(kernel: Kernel, dy: Image) -> Image:
-    return _grouped_conv(dy, kernel[::-1, ::-1].swapaxes(2, 3))
+    return _grouped_conv(dy, _turned(kernel))
 
 
 def _row_block_kernel_gradient(x: Image, dy: Image) -> Kernel:

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 
 from jaxunet.conv import conv3x3, max_pool2x2, up_conv2x2
 
-# By rule: plain, grouped by 4, grouped by 2, blocks of rows, Winograd.
+# By rule: strips (one, four, sixteen to an image), grouped by 4, grouped by 2, blocks of rows
+# (of a plain convolution, then of strips), Winograd.
 SHAPES = [
     (2, 9, 7, 24, 40),
+    (2, 12, 7, 24, 40),
+    (3, 16, 20, 17, 8),
     (2, 9, 7, 3, 8),
     (1, 11, 10, 16, 12),
     (2, 6, 5, 1, 16),
