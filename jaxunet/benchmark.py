@@ -6,11 +6,14 @@ that slows down or speeds up does so for all of them alike.
 
 import io
 import math
+import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +24,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+from jaxunet import startup
 from jaxunet.config import Config
 from jaxunet.conv import conv3x3
 from jaxunet.data.builder import map_in_threads
@@ -148,9 +152,10 @@ class StepContestant:
     """A compiled step on a batch that lies on the devices already.
 
     Attributes:
-        compile_seconds: tracing and compilation.
-        cached_compile_seconds: the same where the persistent cache has the program, as at a
-            second start; None where the cache is off.
+        compile_seconds: tracing and compilation; on a CPU with the persistent cache on, in
+            a process of its own.
+        cached_compile_seconds: the same where the cache has the program, as at a second
+            start; None where the cache is off.
         warm_up_seconds: the first call.
         program_bytes: memory of arguments, outputs and temporaries on a device.
         loss: of the first training step.
@@ -174,23 +179,32 @@ def make_step(
 ) -> StepContestant:
     """Compile one of jaxunet's steps and run it once.
 
+    On a CPU with the persistent cache on, it is compiled in a process of its own and loaded
+    here, so that it is timed as from a second start on. Compiling leaves the heap in pieces,
+    among which glibc searches long for the blocks that each step asks for.
+
     Args:
         host_state: a `TrainState` on the host, as of `initial_state`.
     """
-    recipe = make_recipe(config, total_steps=1)
-    batch = strategy.split(random_batch(config, batch_size))
-    state = strategy.replicate(host_state)
-    step: Step
-    if mode == "train":
-        step = strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
-    elif mode == "eval":
-        step = strategy.compile(partial(eval_step, recipe), outputs="replicated")
+    step, arguments = _step_and_arguments(strategy, config, mode, host_state, batch_size)
+    settings: Any = jax.config
+    compiled: Any
+    cached_compile_seconds: float | None
+    if not settings.jax_enable_compilation_cache:
+        compiled, compile_seconds = _compile(step, arguments)
+        cached_compile_seconds = None
     else:
-        step = strategy.compile(partial(predict_step, recipe), outputs="split")
-        batch = batch["image"]
-    arguments = (state if mode == "train" else state.variables, batch)
-    compiled, compile_seconds, cached_compile_seconds = _compile(step, arguments)
-    held = [state]
+        with tempfile.TemporaryDirectory() as cache, _Cache(cache):
+            if strategy.devices[0].platform == "cpu":
+                task = (type(strategy), len(strategy.devices), config, mode, batch_size, cache)
+                spawn = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                    compile_seconds = pool.submit(_compile_elsewhere, *task).result()
+            else:
+                _, compile_seconds = _compile(step, arguments)
+            compiled, cached_compile_seconds = _compile(step, arguments)
+    batch = arguments[1]
+    held = [arguments[0]]
 
     def train_once() -> Any:
         held[0], metrics = compiled(held[0], batch)
@@ -212,27 +226,61 @@ def make_step(
     )
 
 
-def _compile(step: Any, arguments: tuple[Any, ...]) -> tuple[Any, float, float | None]:
-    """The compiled step with the seconds it took, without and with the persistent cache."""
-    settings: Any = jax.config
-    enabled = settings.jax_enable_compilation_cache
+def _step_and_arguments(
+    strategy: Strategy, config: Config, mode: Mode, host_state: Any, batch_size: int
+) -> tuple[Any, tuple[Any, Any]]:
+    recipe = make_recipe(config, total_steps=1)
+    batch = strategy.split(random_batch(config, batch_size))
+    state = strategy.replicate(host_state)
+    step: Step
+    if mode == "train":
+        step = strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
+    elif mode == "eval":
+        step = strategy.compile(partial(eval_step, recipe), outputs="replicated")
+    else:
+        step = strategy.compile(partial(predict_step, recipe), outputs="split")
+        batch = batch["image"]
+    return step, (state if mode == "train" else state.variables, batch)
 
-    def timed() -> tuple[Any, float]:
-        jax.clear_caches()
-        compilation_cache.reset_cache()  # which decides once whether it is on
-        start = time.perf_counter()
-        return step.lower(*arguments).compile(), time.perf_counter() - start
 
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        compiled, seconds = timed()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-    if not enabled or not settings.jax_compilation_cache_dir:
-        return compiled, seconds, None
-    timed()  # fills the cache, if need be
-    compiled, cached_seconds = timed()
-    return compiled, seconds, cached_seconds
+def _compile(step: Any, arguments: tuple[Any, Any]) -> tuple[Any, float]:
+    """The compiled step, and the seconds that tracing and compiling it, or loading it, took."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    return step.lower(*arguments).compile(), time.perf_counter() - start
+
+
+def _compile_elsewhere(
+    kind: Any, devices: int, config: Config, mode: Mode, batch_size: int, cache: str
+) -> float:
+    """Seconds to compile a step in this process, which also puts it in the cache."""
+    startup.start()
+    strategy = kind(jax.devices()[:devices])
+    with _Cache(cache):
+        step = _step_and_arguments(strategy, config, mode, initial_state(config), batch_size)
+        return _compile(*step)[1]
+
+
+class _Cache:
+    """A folder for compiled programs of any size, in place of the user's own."""
+
+    def __init__(self, folder: str) -> None:
+        self.settings = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+        }
+
+    def __enter__(self) -> None:
+        self.before = {name: getattr(jax.config, name) for name in self.settings}
+        self._set(self.settings)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self.before)
+
+    def _set(self, settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # which decides once where it is
 
 
 def convolutions(config: Config, batch_size: int) -> dict[tuple[int, ...], list[str]]:

@@ -25,6 +25,9 @@ Outputs = Literal["replicated", "split"]
 class Strategy(Protocol):
     """A way to run steps on several devices."""
 
+    @property
+    def devices(self) -> Sequence[jax.Device]: ...
+
     def replicate(self, tree: Any) -> Any:
         """Copy host arrays to every device; never aliases them."""
         ...

@@ -102,16 +102,30 @@ def test_the_rate_of_matrix_products_is_that_of_numpy_within_reason():
     assert 0.1 < found["flops_per_second"] / numpys < 10
 
 
-@pytest.mark.parametrize("mode", benchmark.MODES)
-def test_a_step_is_compiled_timed_and_counted(mode):
+@pytest.mark.parametrize(
+    ("mode", "cache"), [("train", True), ("eval", False), ("predict", False)]
+)
+def test_a_step_is_compiled_timed_and_counted(mode, cache):
     config = Config(
         data=DataConfig(image_size=16),
         model=ModelConfig(width=2, depth=2),
         train=TrainConfig(augment="none"),
     )
     strategy = make_strategy("jit", jax.devices()[:1])
-    found = benchmark.make_step(strategy, config, mode, benchmark.initial_state(config), 3)
+    state = benchmark.initial_state(config)
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in settings]
+    jax.config.update("jax_enable_compilation_cache", cache)
+    try:
+        found = benchmark.make_step(strategy, config, mode, state, 3)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert [getattr(jax.config, name) for name in settings] == before
     assert found.compile_seconds > 0
+    if cache:  # loaded, not compiled again
+        assert found.cached_compile_seconds < found.compile_seconds
+    else:
+        assert found.cached_compile_seconds is None
     assert found.program_bytes > 3 * 16 * 16 * 3
     assert (found.loss is not None) == (mode == "train")
     found(2)
@@ -119,7 +133,7 @@ def test_a_step_is_compiled_timed_and_counted(mode):
     assert benchmark.step_flops(config, mode, 3) == 3 * one
 
 
-def test_the_script_measures_against_pytorch_and_sweeps(tmp_path):
+def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     options = ("--model.width", 4, "--model.depth", 2, "--rounds", 2, "--seconds", 0.01)
     options += ("--data.image-size", 16, "--data.prepared-dir", tmp_path / "data")
     options += ("--out", tmp_path)
@@ -144,6 +158,7 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path):
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
 
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     sweep = ("--sweep.batch-size", 1, 2, 4, "--name", "sweep")
     sweep += ("--measure", "train", "layers", "preparation")
     output = run_script("benchmark.py", *options, *sweep)
