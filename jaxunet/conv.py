@@ -313,7 +313,8 @@ def _winograd_kernel_gradient(x: Image, dy: Image) -> Kernel:
         return [m[0] + half_sum, half_difference, half_sum + m[3]]
 
     # Transposed on its own, before the product: XLA leaves a product whose left operand lies
-    # the other way to Eigen (1.3 times the time of a step of width 16, in one comparison).
+    # the other way to Eigen (1.3 times the time of a step of width 16, in one comparison of
+    # processes whose heaps may have differed too: see `jaxunet.benchmark.make_step`).
     planes = [lax.optimization_barrier(v.swapaxes(1, 2)) for v in _input_planes(x)]
     pairs = zip(planes, _output_gradient_planes(dy), strict=True)
     rows = transform([v @ d for v, d in pairs])

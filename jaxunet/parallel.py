@@ -26,7 +26,9 @@ class Strategy(Protocol):
     """A way to run steps on several devices."""
 
     @property
-    def devices(self) -> Sequence[jax.Device]: ...
+    def devices(self) -> Sequence[jax.Device]:
+        """Those of all processes."""
+        ...
 
     def replicate(self, tree: Any) -> Any:
         """Copy host arrays to every device; never aliases them."""

@@ -39,7 +39,8 @@ def keep_freed_memory() -> bool:
         return False
     # In threads' own arenas glibc would map blocks above 64 MiB in spite of M_MMAP_MAX. Steps
     # wait less for two or three arenas than for one, but which thread gets which is chance: in
-    # 2 and 6 of 8 processes a step's temporary lay in a thread's, and all its pages faulted.
+    # 2 and 6 of 8 processes a step's temporary lay in a thread's, at every step or every other,
+    # and all its pages faulted.
     options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
     return all(mallopt(name, value) for name, value in options.items())
 
