@@ -4,7 +4,6 @@ On GPU and TPU the 3x3 convolution is XLA's own. On the CPU it is written out fo
 where XLA's is slow; `lax.platform_dependent` chooses when a program is lowered.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -20,12 +19,11 @@ more than the sums that prepare its operands and take its result apart."""
 GROUPED_CHANNELS = 16
 """With fewer channels on one side, and no more on the other, neighbouring pixels of a row are
 taken together: XLA has a fast convolution for the CPU only from so many on."""
-ROW_BLOCK_CHANNELS = 16
-ROW_BLOCK_PIXELS = 128 * 128
-"""Below `WINOGRAD_CHANNELS`, the kernel's gradient is summed over blocks of rows for images of
-at least so many pixels, from so many channels on: XLA's rate falls with the image there."""
-PIXELS_PER_BLOCK = 2048
-"""Pixels in such a block, whose nine shifted copies then fit a core's cache."""
+SHIFT_CHANNELS = 16
+SHIFT_PIXELS = 32 * 32
+"""Below `WINOGRAD_CHANNELS`, the kernel's gradient is one product of shifted copies from so
+many channels on, for images of more than so many pixels: XLA's rate falls with the image
+there."""
 STRIP_WIDTH = 2048
 """Strips of images are laid side by side up to so many columns: XLA shares a convolution
 among cores by its columns, a few hundred to each."""
@@ -46,27 +44,33 @@ def conv3x3(
       gradient of the kernel) are Winograd's F(2x2, 3x3) (Lavin and Gray 2016,
       arXiv:1509.09308): 16 matrix products over a quarter of the pixels where the direct form
       has 9 over all, so 2.25 times fewer multiplications.
-    - Below that, the forward product and the gradient of the input are XLA's convolution of
-      strips of the images laid side by side: XLA (YNNPACK) shares a convolution among cores
-      by its columns alone, and leaves images of 64 columns to one core. The gradient of the
-      kernel of large images is a matrix product summed over blocks of rows.
+    - Below that, the forward product is XLA's convolution of strips of the images laid side
+      by side: XLA (YNNPACK) shares a convolution among cores by its columns alone, and leaves
+      images of 64 columns to one core. The gradient of the input is not shared so: the
+      gradient of the kernel keeps the other cores busy meanwhile. That one, for all but small
+      images, is a single matrix product of the output's gradient, shifted three ways by rows,
+      and the input, shifted three ways by columns.
     - Below 16 channels on one side, groups of neighbouring pixels stand for more channels.
     - All else, and every other platform and type, is `lax.conv_general_dilated`.
 
     GFLOP/s, counted for the direct form, of XLA's convolution and of the form that is chosen
-    instead (batch 4, float32, each compiled alone, medians; two cores of an AMD EPYC with
-    AVX-512 that other machines share, jax 0.10.2; a product of large matrices reaches 200
-    there):
+    instead (batch 4, float32, each compiled alone, medians; two cores of an Intel Xeon with
+    AVX-512, jax 0.10.2; a product of large matrices reaches 300 there):
 
         pixels   channels   forward      input gradient   kernel gradient
-        128x128    3 -> 16   19 ->  25     11 ->  18         24 ->  31
-        128x128   16 -> 16   57            57                30 ->  69
-        128x128   32 -> 16   89 -> 106     90 -> 121         32 ->  56
-         64x64    64 -> 32   96 -> 132     88 -> 135         75
-         64x64    32 -> 32   93 -> 134     77 -> 130         73
-         32x32    64 -> 64   90 -> 123     81 -> 130         76 ->  78
-         32x32   128 -> 64   86 -> 202     85 -> 188         81 -> 101
-         16x16  128 -> 128  197 -> 189    190 -> 174        166 -> 133
+        128x128    3 -> 16   30 ->  83     19 ->  35         35
+        128x128   16 -> 16  147           124                50 ->  67
+        128x128   32 -> 16  149 -> 162    161                61 ->  83
+         64x64    64 -> 32  162 -> 213    166                62 -> 114
+         64x64    32 -> 32  157 -> 204    163                62 ->  95
+         32x32    64 -> 64  152 -> 206    153 -> 221        124 ->  76
+         32x32   128 -> 64  153 -> 292    150 -> 320        125 ->  83
+         16x16  128 -> 128  271 -> 210    247 -> 212        194 -> 125
+
+    Alone is not in a step, where products run side by side and share cores and caches. There
+    Winograd's kernel gradient has the better of XLA's in spite of the last three rows (122
+    ms a step of width 16 against 128), as it has by far with more channels (32x32, 512 ->
+    512, batch 1: 120 -> 310).
     """
     return _forward(x, kernel)
 
@@ -87,37 +91,29 @@ def _forward_rule(x: Image, kernel: Kernel) -> tuple[Image, tuple[Image, Kernel]
 
 def _backward_rule(residuals: tuple[Image, Kernel], dy: Image) -> tuple[Image, Kernel]:
     x, kernel = residuals
+    return _input_gradient(x, kernel, dy), _kernel_gradient(x, kernel, dy)
 
-    def plain_input_gradient(kernel: Kernel, dy: Image) -> Image:
+
+def _input_gradient(x: Image, kernel: Kernel, dy: Image) -> Image:
+    def plain(kernel: Kernel, dy: Image) -> Image:
         return jax.linear_transpose(lambda x: _plain_conv(x, kernel), x)(dy)[0]
 
-    def plain_kernel_gradient(x: Image, dy: Image) -> Kernel:
+    if _winograd_pays(x, kernel):
+        return lax.platform_dependent(kernel, dy, cpu=_winograd_input_gradient, default=plain)
+    if _grouping_pays(x, kernel):
+        return lax.platform_dependent(kernel, dy, cpu=_grouped_input_gradient, default=plain)
+    return plain(kernel, dy)
+
+
+def _kernel_gradient(x: Image, kernel: Kernel, dy: Image) -> Kernel:
+    def plain(x: Image, dy: Image) -> Kernel:
         return jax.linear_transpose(lambda k: _plain_conv(x, k), kernel)(dy)[0]
 
     if _winograd_pays(x, kernel):
-        dx = lax.platform_dependent(
-            kernel, dy, cpu=_winograd_input_gradient, default=plain_input_gradient
-        )
-        dkernel = lax.platform_dependent(
-            x, dy, cpu=_winograd_kernel_gradient, default=plain_kernel_gradient
-        )
-        return dx, dkernel
-    if _grouping_pays(x, kernel):
-        dx = lax.platform_dependent(
-            kernel, dy, cpu=_grouped_input_gradient, default=plain_input_gradient
-        )
-    elif _strips_pay(x, kernel):
-        dx = lax.platform_dependent(
-            kernel, dy, cpu=_strip_input_gradient, default=plain_input_gradient
-        )
-    else:
-        dx = plain_input_gradient(kernel, dy)
-    if _row_blocks_pay(x, kernel):
-        dkernel = lax.platform_dependent(
-            x, dy, cpu=_row_block_kernel_gradient, default=plain_kernel_gradient
-        )
-        return dx, dkernel
-    return dx, plain_kernel_gradient(x, dy)
+        return lax.platform_dependent(x, dy, cpu=_winograd_kernel_gradient, default=plain)
+    if _shifts_pay(x, kernel):
+        return lax.platform_dependent(x, dy, cpu=_shifted_kernel_gradient, default=plain)
+    return plain(x, dy)
 
 
 conv3x3.defvjp(_forward_rule, _backward_rule)
@@ -189,11 +185,11 @@ def _winograd_pays(x: Image, kernel: Kernel) -> bool:
     return _wide_float(x) and min(kernel.shape[2:]) >= WINOGRAD_CHANNELS
 
 
-def _row_blocks_pay(x: Image, kernel: Kernel) -> bool:
+def _shifts_pay(x: Image, kernel: Kernel) -> bool:
     return (
         _wide_float(x)
-        and min(kernel.shape[2:]) >= ROW_BLOCK_CHANNELS
-        and x.shape[1] * x.shape[2] >= ROW_BLOCK_PIXELS
+        and min(kernel.shape[2:]) >= SHIFT_CHANNELS
+        and x.shape[1] * x.shape[2] > SHIFT_PIXELS
     )
 
 
@@ -313,8 +309,7 @@ def _winograd_kernel_gradient(x: Image, dy: Image) -> Kernel:
         return [m[0] + half_sum, half_difference, half_sum + m[3]]
 
     # Transposed on its own, before the product: XLA leaves a product whose left operand lies
-    # the other way to Eigen (1.3 times the time of a step of width 16, in one comparison of
-    # processes whose heaps may have differed too: see `jaxunet.benchmark.make_step`).
+    # the other way to Eigen, which takes a step 2 to 3% longer (widths 16 and 64).
     planes = [lax.optimization_barrier(v.swapaxes(1, 2)) for v in _input_planes(x)]
     pairs = zip(planes, _output_gradient_planes(dy), strict=True)
     rows = transform([v @ d for v, d in pairs])
@@ -340,10 +335,6 @@ def _strip_conv(x: Image, kernel: Kernel) -> Image:
     )
     y = y.reshape(rows, b, strips, w + 1, -1)[:, :, :, :w]
     return y.transpose(1, 2, 0, 3, 4).reshape(b, h, w, -1)
-
-
-def _strip_input_gradient(kernel: Kernel, dy: Image) -> Image:
-    return _strip_conv(dy, _turned(kernel))
 
 
 def _turned(kernel: Kernel) -> Kernel:
@@ -379,22 +370,24 @@ def _grouped_input_gradient(kernel: Kernel, dy: Image) -> Image:
     return _grouped_conv(dy, _turned(kernel))
 
 
-def _row_block_kernel_gradient(x: Image, dy: Image) -> Kernel:
-    """Sum over blocks of rows of dy^T [x shifted nine ways]."""
-    b, h, w, cin = x.shape
-    cout = dy.shape[3]
-    rows = min(h, max(1, PIXELS_PER_BLOCK // w))
-    blocks = math.ceil(h / rows)
-    extra = blocks * rows - h
-    x = jnp.pad(x, ((0, 0), (1, 1 + extra), (1, 1), (0, 0)))
-    dy = jnp.pad(dy, ((0, 0), (0, extra), (0, 0), (0, 0)))
+def _shifted_kernel_gradient(x: Image, dy: Image) -> Kernel:
+    """[dy of the rows above, here, below]^T [x of the columns left, here, right].
 
-    def block_product(index: Array) -> Float[Array, "cout cin9"]:
-        image, row = index // blocks, index % blocks * rows
-        piece = lax.dynamic_slice(x, (image, row, 0, 0), (1, rows + 2, w + 2, cin))[0]
-        d = lax.dynamic_slice(dy, (image, row, 0, 0), (1, rows, w, cout)).reshape(-1, cout)
-        shifted = [piece[i : i + rows, j : j + w] for i in range(3) for j in range(3)]
-        return d.T @ jnp.concatenate(shifted, axis=-1).reshape(-1, 9 * cin)
+    All nine pairs of shifts in one product over the pixels: what the kernel's row i takes
+    from x one row further down, it takes from dy one row further up.
+    """
+    cin, cout = x.shape[3], dy.shape[3]
+    rows = jnp.concatenate(_neighbours(dy, axis=1)[::-1], axis=-1).reshape(-1, 3 * cout)
+    columns = jnp.concatenate(_neighbours(x, axis=2), axis=-1).reshape(-1, 3 * cin)
+    return (rows.T @ columns).reshape(3, cout, 3, cin).transpose(0, 2, 3, 1)
 
-    products = lax.map(block_product, jnp.arange(b * blocks))
-    return products.sum(0).reshape(cout, 3, 3, cin).transpose(1, 2, 3, 0)
+
+def _neighbours(x: Image, axis: int) -> tuple[Image, Image, Image]:
+    """For each place along `axis`, what stands before, at and after it; zero outside."""
+    size = x.shape[axis]
+
+    def shift(start: int, low: int, high: int) -> Image:
+        inner = lax.slice_in_dim(x, start, start + size - 1, axis=axis)
+        return jnp.pad(inner, [(low, high) if a == axis else (0, 0) for a in range(4)])
+
+    return shift(0, 1, 0), x, shift(1, 0, 1)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from jaxunet.conv import conv3x3, max_pool2x2, up_conv2x2
 
-# By rule: strips (one, four, sixteen to an image), grouped by 4, grouped by 2, blocks of rows
-# (of a plain convolution, then of strips), Winograd.
+# By rule: strips (one, four, sixteen to an image), grouped by 4, grouped by 2, the kernel's
+# gradient by shifts (of a plain convolution, of strips, of a single row), Winograd.
 SHAPES = [
     (2, 9, 7, 24, 40),
     (2, 12, 7, 24, 40),
@@ -19,7 +19,8 @@ SHAPES = [
     (1, 11, 10, 16, 12),
     (2, 6, 5, 1, 16),
     (1, 128, 129, 16, 16),
-    (2, 130, 128, 16, 24),
+    (2, 34, 32, 16, 24),
+    (1, 1, 1100, 20, 16),
     (2, 8, 8, 64, 64),
     (1, 9, 7, 64, 96),
     (1, 1, 1, 64, 64),
