@@ -28,6 +28,7 @@ T = TypeVar("T")
 def parse(kind: type[T], description: str, default: Any = None, args: Any = None) -> T:
     """The command line as an instance of the dataclass `kind`; `--help` explains it."""
     given = {} if default is None else {"default": default}
+    # No overload of tyro's takes a default that may be left out.
     return tyro.cli(kind, description=description, args=args, **given)  # type: ignore[call-overload]
 
 

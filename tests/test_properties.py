@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from random import Random
 from typing import get_args, get_type_hints
 
 import jax.numpy as jnp
@@ -83,9 +84,9 @@ def test_swapping_masks_or_classes_permutes_the_scores(
 
 
 @given(counts, st.randoms(use_true_random=False))
-def test_the_order_of_images_matters_only_to_batches(rows: np.ndarray, random: object) -> None:
+def test_the_order_of_images_matters_only_to_batches(rows: np.ndarray, random: Random) -> None:
     order = list(range(len(rows)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     found, shuffled = scores(rows), scores(rows[order])
     assert shuffled["pooled"] == found["pooled"]
     for name, value in found["per_image"].items():

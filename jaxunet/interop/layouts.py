@@ -205,7 +205,8 @@ def recognize(shapes: Mapping[str, Shape]) -> tuple[LayoutName, ModelConfig]:
             "upsampling": "transposed" if up else "bilinear",
             "conv_bias": 2 * biases > convs,
         }
-    # Of width 2 first: every first dimension is proportional to it, but the head's.
+    # Of width 2 first: every first dimension is proportional to it, but the head's. What is
+    # known are fields of several types, by name, which mypy doesn't follow.
     config = ModelConfig(width=2, depth=max(numbers), **known)  # type: ignore[arg-type]
     votes: list[int] = []
     logits: list[int] = []

@@ -70,6 +70,7 @@ def train_pytorch(
     initial = jax.device_get(jax.jit(partial(init_state, recipe))().variables)
     weights = state_dict_from_variables(config.model, initial, "reference")
     model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    # torch's annotations have no overload of a memory format alone.
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
     flip = flips(config.train.seed, config.train.batch_size)

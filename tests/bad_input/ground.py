@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -69,15 +70,15 @@ class World:
         [path] = self.path.glob(pattern)
         return str(path.relative_to(self.path))
 
-    def prepared(self, name: str, **changes: object) -> DataConfig:
+    def prepared(self, name: Any, **changes: Any) -> DataConfig:
         """Configuration of the dataset `name` as `command` prepares it."""
         return DataConfig(
-            name=name,  # type: ignore[arg-type]
+            name=name,
             dir=self.path / name.replace("folder", "own").replace("2018", ""),
             prepared_dir=self.path / "prepared",
             image_size=SIDE,
             stored_size=SIDE,
-            **changes,  # type: ignore[arg-type]
+            **changes,
         )
 
     def prepare_command(self, name: str, *words: object) -> list[object]:
