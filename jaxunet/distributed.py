@@ -175,7 +175,7 @@ def fail(error: BaseException, status: int) -> NoReturn:
         _say(f"stops, because process {first[0]} failed: {first[1]}")
     elif isinstance(error, JaxUNetError):
         _say(f"error: {error}")
-    elif isinstance(error, jax.errors.JaxRuntimeError) and _lost(str(error)):
+    elif _is_loss(error):
         error = errors.RunError(
             "lost the others in the middle of a computation: one of them was killed or "
             "cannot be reached. Start all of them again with --resume. "
@@ -249,8 +249,15 @@ def _watch() -> None:
         _leave(1)
 
 
-def _lost(message: str) -> bool:
-    return re.search(r"gloo|connection|UNAVAILABLE|DEADLINE", message, re.I) is not None
+def _is_loss(error: BaseException) -> bool:
+    """Whether `error` says that a computation with the other processes broke off.
+
+    JAX raises it as a `JaxRuntimeError` where a result is awaited, but as a `ValueError` with
+    the same text where a computation is started.
+    """
+    broken = r"[A-Z_]+: .*(?i:gloo|connection)|UNAVAILABLE: |DEADLINE_EXCEEDED: "
+    raised = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return raised and re.match(broken, str(error)) is not None
 
 
 def _say(message: str) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -382,6 +383,22 @@ def test_a_killed_process_ends_the_others_and_a_restart_completes(config, tmp_pa
     assert "Checkpoint:" in group.said(0)
     assert "Checkpoint:" not in group.said(1)
     assert {p.name for p in (out / "figures").iterdir()} == {"curves.png", "predictions.png"}
+
+
+def test_a_lost_process_is_known_by_every_error_that_jax_has_for_it():
+    """Which one a kill gives depends on the moment; the test above meets either."""
+    text = (
+        "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] "
+        "Connection closed by peer [127.0.0.1]:58081"
+    )
+    for error in (jax.errors.JaxRuntimeError(text), ValueError(text)):
+        assert distributed._is_loss(error)
+    for other in (
+        ValueError("the connection of skips needs equal sizes"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        OSError(text),
+    ):
+        assert not distributed._is_loss(other)
 
 
 def test_a_malformed_environment_is_named(monkeypatch):
