@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from jaxunet.conv import conv3x3, max_pool2x2, up_conv2x2
 
-# By rule: strips (one, four, sixteen to an image), grouped by 4, grouped by 2, the kernel's
-# gradient by shifts (of a plain convolution, of strips, of a single row), Winograd.
+# By rule: loops where the processor has them (rows of one to several blocks, each edge of an
+# image, channels of whole blocks and others, near and far ones, strips that end with an image,
+# several parts), XLA's own convolution for some, Winograd.
 SHAPES = [
     (2, 9, 7, 24, 40),
     (2, 12, 7, 24, 40),
@@ -24,6 +25,15 @@ SHAPES = [
     (2, 8, 8, 64, 64),
     (1, 9, 7, 64, 96),
     (1, 1, 1, 64, 64),
+    (1, 1, 4, 16, 16),
+    (3, 2, 5, 3, 32),
+    (2, 5, 16, 16, 16),
+    (1, 40, 33, 41, 48),
+    (5, 3, 300, 40, 16),
+    (2, 70, 130, 16, 16),
+    (1, 8, 8, 136, 32),
+    (3, 19, 18, 128, 256),
+    (1, 33, 32, 256, 136),
 ]
 
 
