@@ -30,7 +30,6 @@ Image = Float[Array, "_ _ _ _"]
 Kernel = Float[Array, "3 3 _ _"]
 
 
-@jax.custom_vjp
 def conv3x3(
     x: Float[Array, "b h w cin"], kernel: Float[Array, "3 3 cin cout"]
 ) -> Float[Array, "b h w cout"]:
@@ -38,8 +37,8 @@ def conv3x3(
 
     On a CPU, in float32, by shape:
 
-    - From 128 to 256 channels on, unless there are few pixels, the output and the gradient of
-      the input are Winograd's F(2x2, 3x3) (Lavin and Gray 2016, arXiv:1509.09308): 16 matrix
+    - For many channels (128 by 256, say) and not too few pixels, the output and the gradient
+      of the input are Winograd's F(2x2, 3x3) (Lavin and Gray 2016, arXiv:1509.09308): 16 matrix
       products over a quarter of the pixels where the direct form has 9 over all, so 2.25
       times fewer multiplications.
     - Else, and for the gradient of the kernel, they are `jaxunet.cpu`'s loops, if it has
@@ -63,61 +62,81 @@ def conv3x3(
           4      16x16   128 -> 128    255 -> 340     229 -> 336       182 -> 209
           4        8x8   256 -> 256    171 -> 276     157 -> 285       113 -> 262
           1      32x32   512 -> 512    258 -> 366     226 -> 388       111 -> 274
+
+    Raises:
+        ValueError: the kernel is not 3x3, or of other channels or another type than `x`.
     """
-    return _forward(x, kernel)
+    if kernel.shape[:3] != (3, 3, x.shape[3]) or kernel.dtype != x.dtype:
+        raise ValueError(
+            f"the kernel is {kernel.dtype}{list(kernel.shape)}, but must be {x.dtype}"
+            f"[3, 3, {x.shape[3]}, ...] for images {x.dtype}{list(x.shape)}."
+        )
+    return _conv(x, kernel)
 
 
-def _forward(x: Image, kernel: Kernel) -> Image:
-    def loops(x: Image, kernel: Kernel) -> Image:
-        return _call(cpu.CONV, (*x.shape[:3], kernel.shape[3]), x, kernel)
+# The convolution is linear in both operands, and so are its two gradients. The derivatives of
+# each of the three are the other two: they can be differentiated as often as one likes.
 
+
+@jax.custom_vjp
+def _conv(x: Image, kernel: Kernel) -> Image:
     if _winograd_pays(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=_winograd_conv, default=_plain_conv)
     if _loops_can(x, kernel.shape[3]):
+        shape = (*x.shape[:3], kernel.shape[3])
+        loops = functools.partial(_call, cpu.CONV, shape)
         return lax.platform_dependent(x, kernel, cpu=loops, default=_plain_conv)
     return _plain_conv(x, kernel)
 
 
-def _forward_rule(x: Image, kernel: Kernel) -> tuple[Image, tuple[Image, Kernel]]:
-    return _forward(x, kernel), (x, kernel)
+@jax.custom_vjp
+def _input_gradient(dy: Image, kernel: Kernel) -> Image:
+    shape = (*dy.shape[:3], kernel.shape[2])
 
-
-def _backward_rule(residuals: tuple[Image, Kernel], dy: Image) -> tuple[Image, Kernel]:
-    x, kernel = residuals
-    return _input_gradient(x, kernel, dy), _kernel_gradient(x, kernel, dy)
-
-
-def _input_gradient(x: Image, kernel: Kernel, dy: Image) -> Image:
-    def loops(kernel: Kernel, dy: Image) -> Image:
-        return _call(cpu.INPUT_GRADIENT, x.shape, dy, kernel)
-
-    def plain(kernel: Kernel, dy: Image) -> Image:
+    def plain(dy: Image, kernel: Kernel) -> Image:
+        x = jax.ShapeDtypeStruct(shape, dy.dtype)
         return jax.linear_transpose(lambda x: _plain_conv(x, kernel), x)(dy)[0]
 
-    if _winograd_pays(x, kernel):
-        return lax.platform_dependent(kernel, dy, cpu=_winograd_input_gradient, default=plain)
-    if _loops_can(x, kernel.shape[2]):
-        return lax.platform_dependent(kernel, dy, cpu=loops, default=plain)
-    return plain(kernel, dy)
+    if _winograd_pays(dy, kernel):
+        return lax.platform_dependent(dy, kernel, cpu=_winograd_input_gradient, default=plain)
+    if _loops_can(dy, kernel.shape[2]):
+        loops = functools.partial(_call, cpu.INPUT_GRADIENT, shape)
+        return lax.platform_dependent(dy, kernel, cpu=loops, default=plain)
+    return plain(dy, kernel)
 
 
-def _kernel_gradient(x: Image, kernel: Kernel, dy: Image) -> Kernel:
+@jax.custom_vjp
+def _kernel_gradient(x: Image, dy: Image) -> Kernel:
+    shape = (3, 3, x.shape[3], dy.shape[3])
+
     def loops(x: Image, dy: Image) -> Kernel:
         pixels = x.shape[0] * x.shape[1] * x.shape[2]
         count = min(max(1, pixels // KERNEL_GRADIENT_PIXELS), KERNEL_GRADIENT_PARTS)
-        parts = _call(cpu.KERNEL_GRADIENT, (count, *kernel.shape), x, dy)
+        parts = _call(cpu.KERNEL_GRADIENT, (count, *shape), x, dy)
         # One loop over memory; XLA's reduction of the first dimension is far slower.
         return functools.reduce(jnp.add, parts)
 
     def plain(x: Image, dy: Image) -> Kernel:
-        return jax.linear_transpose(lambda k: _plain_conv(x, k), kernel)(dy)[0]
+        kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+        return jax.linear_transpose(lambda kernel: _plain_conv(x, kernel), kernel)(dy)[0]
 
-    if _loops_can(x, kernel.shape[3]):
+    if _loops_can(x, dy.shape[3]):
         return lax.platform_dependent(x, dy, cpu=loops, default=plain)
     return plain(x, dy)
 
 
-conv3x3.defvjp(_forward_rule, _backward_rule)
+_conv.defvjp(
+    lambda x, kernel: (_conv(x, kernel), (x, kernel)),
+    lambda saved, dy: (_input_gradient(dy, saved[1]), _kernel_gradient(saved[0], dy)),
+)
+_input_gradient.defvjp(
+    lambda dy, kernel: (_input_gradient(dy, kernel), (dy, kernel)),
+    lambda saved, dx: (_conv(dx, saved[1]), _kernel_gradient(dx, saved[0])),
+)
+_kernel_gradient.defvjp(
+    lambda x, dy: (_kernel_gradient(x, dy), (x, dy)),
+    lambda saved, dkernel: (_input_gradient(saved[1], dkernel), _conv(saved[0], dkernel)),
+)
 
 
 def _plain_conv(x: Image, kernel: Kernel) -> Image:
@@ -134,19 +153,21 @@ def _winograd_pays(x: Image, kernel: Kernel) -> bool:
 
 
 def _loops_can(x: Image, channels: int) -> bool:
-    """Whether `jaxunet.cpu` convolves `x`, if `channels` are those of the result."""
+    """Whether `jaxunet.cpu` takes `x`, if `channels` are the last of the result."""
+    if x.dtype != jnp.float32 or 0 in x.shape or channels == 0:
+        return False
     blocks = cpu.blocks()
     return (
-        blocks is not None
-        and x.dtype == jnp.float32
-        and x.shape[2] >= min(blocks.pixels)
-        and channels % blocks.lanes == 0
+        blocks is not None and x.shape[2] >= min(blocks.pixels) and channels % blocks.lanes == 0
     )
 
 
 def _call(name: str, shape: tuple[int, ...], *operands: Array) -> Array:
+    blocks = cpu.blocks()
+    assert blocks is not None  # by `_loops_can`
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(name, result, vmap_method="sequential")(*operands)
+    call = jax.ffi.ffi_call(blocks.target(name), result, vmap_method="sequential")
+    return call(*operands)
 
 
 def up_conv2x2(
@@ -270,7 +291,7 @@ def _winograd_conv(x: Image, kernel: Kernel) -> Image:
     return _output([v @ u for v, u in pairs], x.shape[:3])
 
 
-def _winograd_input_gradient(kernel: Kernel, dy: Image) -> Image:
+def _winograd_input_gradient(dy: Image, kernel: Kernel) -> Image:
     """The convolution of `dy` with the kernel turned by 180 degrees, its channels swapped.
 
     Turning it swaps the first and last rows and columns of its planes, no more.

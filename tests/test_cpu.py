@@ -3,7 +3,6 @@
 What they compute is tested in test_conv.py.
 """
 
-import ctypes
 import threading
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxunet import conv, cpu
+from jaxunet.cpu.calls import FFI_VERSION
 from jaxunet.cpu.loops import build
 
 HERE = cpu.blocks()
@@ -28,6 +28,13 @@ def operands(b, h, w, cin, cout):
 def all_three(x, kernel, dy):
     y, pull_back = jax.vjp(conv.conv3x3, x, kernel)
     return y, *pull_back(dy)
+
+
+@pytest.fixture(scope="module")
+def avx2() -> cpu.Blocks:
+    blocks = cpu.Blocks(*AVX2)
+    cpu.register(blocks, cpu.compiled(blocks, "haswell", ""))
+    return blocks
 
 
 @pytest.mark.parametrize(
@@ -50,28 +57,23 @@ def test_the_blocks_fit_the_processor(machine, features, expected):
 def test_a_program_calls_the_loops_in_all_three_products():
     text = jax.jit(all_three).lower(*operands(1, 8, 8, 16, 16)).compile().as_text()
     for name in (cpu.CONV, cpu.INPUT_GRADIENT, cpu.KERNEL_GRADIENT):
-        assert f'"{name}"' in text
+        assert f'"{HERE.target(name)}"' in text
 
 
-@pytest.mark.skipif(HERE is None or HERE.lanes < 8, reason="no processor with AVX2")
+@pytest.mark.skipif(HERE is None or HERE.lanes != 16, reason="no processor with AVX-512")
 @pytest.mark.parametrize("shape", [(2, 5, 9, 3, 16), (1, 4, 23, 24, 8), (3, 9, 8, 44, 40)])
-def test_the_loops_for_avx2_compute_what_those_for_this_processor_do(shape):
-    """A machine with AVX-512 runs both."""
-    blocks = cpu.Blocks(*AVX2)
-    engine = cpu.compiled(blocks, "haswell", "")
-    for name in (cpu.CONV, cpu.INPUT_GRADIENT, cpu.KERNEL_GRADIENT):
-        pointer = ctypes.CFUNCTYPE(ctypes.c_void_p)(engine.get_function_address(name))
-        target = f"{name}-avx2-{shape}"
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(pointer), platform="cpu")
+def test_the_loops_for_avx2_compute_the_same(avx2, shape):
+    """A machine with AVX-512 has AVX2 as well."""
 
     def call(name, shape_of_result, *arrays):
         result = jax.ShapeDtypeStruct(shape_of_result, jnp.float32)
-        return jax.jit(jax.ffi.ffi_call(f"{name}-avx2-{shape}", result))(*arrays)
+        return jax.jit(jax.ffi.ffi_call(avx2.target(name), result))(*arrays)
 
     x, kernel, dy = operands(*shape)
-    y, dx, dkernel = jax.jit(all_three)(x, kernel, dy)
+    y, pull_back = jax.vjp(conv._plain_conv, x, kernel)
+    dx, dkernel = pull_back(dy)
     np.testing.assert_allclose(call(cpu.CONV, y.shape, x, kernel), y, rtol=1e-5, atol=1e-4)
-    if shape[3] % blocks.lanes == 0:
+    if shape[3] % avx2.lanes == 0:
         found = call(cpu.INPUT_GRADIENT, dx.shape, dy, kernel)
         np.testing.assert_allclose(found, dx, rtol=1e-5, atol=1e-4)
     found = call(cpu.KERNEL_GRADIENT, (3, *dkernel.shape), x, dy).sum(axis=0)
@@ -115,12 +117,49 @@ def test_without_loops_the_convolution_is_xlas(monkeypatch):
 
 
 def test_it_can_be_mapped_over_a_further_dimension():
-    x, kernel, _ = operands(1, 6, 8, 16, 16)
-    xs = jnp.stack([x, 2 * x])
-    found = jax.jit(jax.vmap(conv.conv3x3, in_axes=(0, None)))(xs, kernel)
-    np.testing.assert_allclose(found[1], 2 * conv.conv3x3(x, kernel), rtol=1e-6)
+    x, kernel, dy = operands(1, 6, 8, 16, 16)
+    found = jax.jit(jax.vmap(all_three, in_axes=(0, None, 0)))(
+        jnp.stack([x, 2 * x]), kernel, jnp.stack([dy, 3 * dy])
+    )
+    y, dx, dkernel = all_three(x, kernel, dy)
+    for a, b in zip(found, (2 * y, 3 * dx, 6 * dkernel), strict=True):
+        np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-4)
+
+
+def test_it_can_be_differentiated_twice():
+    def norm(conv3x3, x, kernel, dy):
+        gradients = jax.grad(lambda *a: (jnp.tanh(conv3x3(*a)) * dy).sum(), (0, 1))(x, kernel)
+        return sum((g**2).sum() for g in gradients)
+
+    arrays = [0.1 * a for a in operands(1, 6, 8, 16, 16)]
+    found = jax.grad(norm, (1, 2))(conv.conv3x3, *arrays)
+    expected = jax.grad(norm, (1, 2))(conv._plain_conv, *arrays)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    x, kernel, dy = operands(0, 6, 8, 16, 16)
+    y, dx, dkernel = all_three(x, kernel, dy)
+    assert y.shape == dx.shape == (0, 6, 8, 16)
+    assert not dkernel.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((5, 5, 16, 16), "float32"), ((3, 3, 8, 16), "float32"), ((3, 3, 16, 16), "bfloat16")],
+)
+def test_a_kernel_that_does_not_fit_is_refused(shape, dtype):
+    function = getattr(conv.conv3x3, "__wrapped__", conv.conv3x3)  # without type checks
+    with pytest.raises(ValueError, match=r"but must be float32\[3, 3, 16"):
+        function(jnp.zeros((1, 8, 8, 16)), jnp.zeros(shape, dtype))
+
+
+def test_this_jaxlibs_interface_is_the_one_that_the_calls_are_written_for():
+    """If a new jaxlib fails this: compare calls.py with its xla/ffi/api/c_api.h."""
+    assert cpu._ffi_version() == FFI_VERSION
 
 
 def test_another_version_of_xlas_interface_is_left_alone(monkeypatch):
     monkeypatch.setattr(cpu, "_ffi_version", lambda: (0, 99))
-    assert cpu.blocks.__wrapped__() is None
+    assert cpu._blocks_here.__wrapped__() is None

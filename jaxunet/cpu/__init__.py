@@ -10,6 +10,7 @@ import functools
 import platform
 import re
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -28,10 +29,10 @@ __all__ = [
     "compiled",
 ]
 
+_lock = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # they own the code, which programs of XLA's call
 
 
-@functools.cache
 def blocks() -> Blocks | None:
     """What the loops work on at a time on this machine; None where they can't be had.
 
@@ -39,18 +40,27 @@ def blocks() -> Blocks | None:
     jaxlib whose foreign function interface is the one that `calls` was written for. The first
     call compiles them and makes them known to XLA.
     """
+    with _lock:
+        return _blocks_here()
+
+
+@functools.cache
+def _blocks_here() -> Blocks | None:
     if sys.platform not in ("linux", "darwin") or _ffi_version() != FFI_VERSION:
         return None
     features = llvm.get_host_cpu_features()
     found = blocks_for(platform.machine(), features)
-    if found is None:
-        return None
-    engine = compiled(found, llvm.get_host_cpu_name(), features.flatten())
-    _engines.append(engine)
-    for name in (CONV, INPUT_GRADIENT, KERNEL_GRADIENT):
-        address = ctypes.CFUNCTYPE(ctypes.c_void_p)(engine.get_function_address(name))
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
+    if found is not None:
+        register(found, compiled(found, llvm.get_host_cpu_name(), features.flatten()))
     return found
+
+
+def register(blocks: Blocks, engine: llvm.ExecutionEngine) -> None:
+    """Make compiled loops known to XLA, for as long as the process lives."""
+    _engines.append(engine)
+    for name in map(blocks.target, (CONV, INPUT_GRADIENT, KERNEL_GRADIENT)):
+        pointer = ctypes.CFUNCTYPE(ctypes.c_void_p)(engine.get_function_address(name))
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(pointer), platform="cpu")
 
 
 def blocks_for(machine: str, features: dict[str, bool]) -> Blocks | None:

@@ -37,7 +37,7 @@ FFI_VERSION = (0, 3)
 (`xla/ffi/api/c_api.h` among jaxlib's files)."""
 FRAME = {"extension": 8, "api": 16, "context": 24, "arguments": 72, "results": 112}
 BUFFER = {"data": 24, "rank": 32, "dimensions": 40}
-API = {"schedule": 136, "threads": 144}
+API = {"destroy_error": 64, "schedule": 136, "threads": 144}
 EXTENSION = {"type": 8, "metadata": 24}
 METADATA = {"major": 24, "minor": 28, "traits": 32, "state": 40}
 METADATA_EXTENSION = 1  # the type of the extension by which XLA asks for metadata
@@ -83,7 +83,7 @@ def add_call(module: ir.Module, name: str, item: ir.Function, share: Share) -> N
 
     Its two operands are float32 arrays, the first [b, h, w, cin]; so is its result,
     [..., cout].
-    It has no errors: who calls it knows what it takes.
+    It checks nothing: who calls it knows what it takes, and that there is memory.
     """
     run = _add_run(module, name, item)
     let_go = _add_let_go(module)
@@ -97,7 +97,9 @@ def add_call(module: ir.Module, name: str, item: ir.Function, share: Share) -> N
     _answer_metadata(b, frame)
     api, context = (read(b, PTR, frame, FRAME[name]) for name in ("api", "context"))
     threads = variable(b, I64, number(1))
-    _ask(b, api, API["threads"], context, threads)
+    error = _ask(b, api, API["threads"], context, threads)
+    with b.if_then(b.icmp_unsigned("!=", error, NULL)):
+        _ask(b, api, API["destroy_error"], error)  # no threads: alone, then
     v = _operands(b, frame) | {"threads": maximum(b, b.load(threads, typ=I64), number(1))}
     v["parts"], v["groups"] = share(b, v)
     v["items"] = b.mul(v["parts"], v["groups"])
@@ -111,6 +113,7 @@ def add_call(module: ir.Module, name: str, item: ir.Function, share: Share) -> N
     with for_range(b, 0, helpers):
         error = _ask(b, api, API["schedule"], context, task, work)
         with b.if_then(b.icmp_unsigned("!=", error, NULL)):
+            _ask(b, api, API["destroy_error"], error)
             b.call(let_go, [work])  # no thread to be had: the others do its share
     b.call(run, [work])
 
@@ -194,13 +197,13 @@ def _counter(b: Builder, work: Value, name: str) -> Value:
     return byte(b, work, 8 * WORK.index(name))
 
 
-def _ask(b: Builder, api: Value, offset: int, context: Value, *rest: Value) -> Value:
-    """Call a function of XLA's, whose arguments are {size, extension, context, rest...}.
+def _ask(b: Builder, api: Value, offset: int, *rest: Value) -> Value:
+    """Call a function of XLA's, whose arguments are {size, extension, rest...}.
 
     Returns:
         Its error, a pointer; null if there is none.
     """
-    values = [number(8 * (3 + len(rest))), NULL, context, *rest]
+    values = [number(8 * (2 + len(rest))), NULL, *rest]
     with b.goto_entry_block():
         place = b.alloca(I64, size=len(values))
     arguments = b.inttoptr(b.ptrtoint(place, I64), PTR)  # of no type, for any field

@@ -43,7 +43,7 @@ from jaxunet.cpu.emit import (
 CONV = "jaxunet.conv3x3.1"
 INPUT_GRADIENT = "jaxunet.conv3x3_input_gradient.1"
 KERNEL_GRADIENT = "jaxunet.conv3x3_kernel_gradient.1"
-"""What XLA knows the functions by; the number changes with what they take and give."""
+"""Names of the functions; the number changes with what they take and give."""
 
 NEAR_CHANNELS = 32
 """Of more channels, the kernel's gradient copies blocks together before it uses them."""
@@ -62,15 +62,21 @@ class Blocks(NamedTuple):
     pixels: tuple[int, ...]  # of a row, in the convolution: the largest that fits into the row
     channels: int  # input channels, in the kernel's gradient
 
+    def target(self, name: str) -> str:
+        """What XLA knows a function by. A program made for other blocks must not find it."""
+        return f"{name}.{self.lanes}"
+
 
 def build(blocks: Blocks) -> ir.Module:
     """LLVM's code of both loops, as functions that XLA can call."""
     module = ir.Module("jaxunet")
     conv, input_gradient = (_conv_item(module, blocks, turned=t) for t in (False, True))
-    add_call(module, CONV, conv, partial(_share_conv, blocks))
-    add_call(module, INPUT_GRADIENT, input_gradient, partial(_share_conv, blocks))
+    share = partial(_share_conv, blocks)
+    add_call(module, blocks.target(CONV), conv, share)
+    add_call(module, blocks.target(INPUT_GRADIENT), input_gradient, share)
     kernel_gradient = _kernel_gradient_item(module, blocks)
-    add_call(module, KERNEL_GRADIENT, kernel_gradient, partial(_share_kernel_gradient, blocks))
+    share = partial(_share_kernel_gradient, blocks)
+    add_call(module, blocks.target(KERNEL_GRADIENT), kernel_gradient, share)
     return module
 
 
@@ -191,7 +197,7 @@ def _kernel_gradient_block(module: ir.Module, lanes: int, channels: int) -> ir.F
     """out[j, c, o] += sum over rows and p of x[row, p + j - 1, c] dy[row, p, o], for one block.
 
     It goes by the pixels of x, each of which meets three of dy, zeros beyond the edges. From
-    one pixel to the next are `cin` values of x, `cout` of dy.
+    one pixel to the next are `x_pixel` values of x, `dy_pixel` of dy.
     """
     if (name := f"kernel_gradient_block_{channels}") in module.globals:
         return module.globals[name]
