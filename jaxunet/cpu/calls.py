@@ -15,7 +15,6 @@ from jaxunet.cpu.emit import (
     I64,
     NULL,
     PTR,
-    VOID,
     Builder,
     Value,
     byte,
@@ -28,6 +27,7 @@ from jaxunet.cpu.emit import (
     minimum,
     number,
     read,
+    release,
     variable,
     while_true,
 )
@@ -188,7 +188,7 @@ def _add_let_go(module: ir.Module) -> ir.Function:
     (work,) = let_go.args
     holders = b.atomic_rmw("sub", _counter(b, work, "holders"), number(1), "acq_rel")
     with b.if_then(equal(b, holders, 1)):
-        b.call(declared(module, "free", [PTR], VOID), [work])
+        release(b, work)
     b.ret_void()
     return let_go
 

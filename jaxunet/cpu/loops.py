@@ -23,6 +23,7 @@ from jaxunet.cpu.emit import (
     Builder,
     Value,
     add_product,
+    allocate,
     as_number,
     at,
     declared,
@@ -34,6 +35,7 @@ from jaxunet.cpu.emit import (
     maximum,
     minimum,
     number,
+    release,
     spread,
     total,
     variable,
@@ -118,9 +120,7 @@ def _conv_item(module: ir.Module, blocks: Blocks, *, turned: bool) -> ir.Functio
     x, kernel, y, parts, rows, height, width, cin, cout = fields(b, work, names)
     start, stop = slice_of(b, rows, b.urem(index, parts), parts)
     o = b.mul(b.udiv(index, parts), number(blocks.lanes))
-    weights = b.call(
-        declared(module, "malloc", [I64], PTR), [b.mul(cin, number(9 * 4 * blocks.lanes))]
-    )
+    weights = allocate(b, b.mul(cin, number(9 * blocks.lanes)))
     _copy_weights(b, kernel, weights, blocks.lanes, (o, cin, cout), turned=turned)
 
     def row(pixels: int, r: Value) -> None:
@@ -155,7 +155,7 @@ def _conv_item(module: ir.Module, blocks: Blocks, *, turned: bool) -> ir.Functio
         with b.if_then(b.and_(fits, b.not_(larger_fits))), for_range(b, start, stop) as r:
             row(pixels, r)
         larger_fits = fits
-    b.call(declared(module, "free", [PTR], VOID), [weights])
+    release(b, weights)
     b.ret_void()
     return item
 
@@ -196,7 +196,7 @@ def _share_conv(blocks: Blocks, b: Builder, v: dict[str, Value]) -> tuple[Value,
 def _kernel_gradient_block(module: ir.Module, lanes: int, channels: int) -> ir.Function:
     """out[j, c, o] += sum over rows and p of x[row, p + j - 1, c] dy[row, p, o], for one block.
 
-    It goes by the pixels of x, each of which meets three of dy, zeros beyond the edges. From
+    It goes by the pixels of x, each of which meets three of dy, two at the edges. From
     one pixel to the next are `x_pixel` values of x, `dy_pixel` of dy.
     """
     if (name := f"kernel_gradient_block_{channels}") in module.globals:
@@ -205,28 +205,25 @@ def _kernel_gradient_block(module: ir.Module, lanes: int, channels: int) -> ir.F
     block, b = function(module, name, [PTR, PTR, PTR, *[I64] * 6])
     x, dy, out, rows, width, x_pixel, dy_pixel, cin, cout = block.args
     sums = [[variable(b, vector) for _ in range(channels)] for _ in range(3)]
-    before, here, after = (variable(b, vector) for _ in range(3))
     last = b.sub(width, number(1))
 
-    def pixel(r: Value, p: Value, taps: Sequence[Value]) -> None:
-        """What x[r, p] adds to the sums of the last taps of a row: 2 or all 3."""
-        gradients = [b.load(tap, typ=vector) for tap in taps]
+    def pixel(r: Value, p: Value, taps: Sequence[int]) -> None:
+        """What x[r, p] adds to the sums of `taps`: tap j is of the output at p + 1 - j."""
+        gradients = [
+            load(b, vector, at(b, dy, (r, width, dy_pixel), (p, dy_pixel), (1 - j, dy_pixel)))
+            for j in taps
+        ]
         for c in range(channels):
             place = at(b, x, (r, width, x_pixel), (p, x_pixel), c)
             value = spread(b, load(b, F32, place), vector)
-            for j, gradient in enumerate(gradients, start=3 - len(taps)):
+            for j, gradient in zip(taps, gradients, strict=True):
                 add_product(b, sums[j][c], value, gradient)
 
     with for_range(b, 0, rows) as r:
-        b.store(ir.Constant(vector, None), before)
-        b.store(load(b, vector, at(b, dy, (r, width, dy_pixel))), here)
-        with for_range(b, 0, last) as p:
-            place = at(b, dy, (r, width, dy_pixel), (p, dy_pixel), dy_pixel)
-            b.store(load(b, vector, place), after)
-            pixel(r, p, [after, here, before])
-            b.store(b.load(here, typ=vector), before)
-            b.store(b.load(after, typ=vector), here)
-        pixel(r, last, [here, before])
+        pixel(r, number(0), (0, 1))
+        with for_range(b, 1, last) as p:
+            pixel(r, p, (0, 1, 2))
+        pixel(r, last, (1, 2))
     for j in range(3):
         for c in range(channels):
             place = at(b, out, (j, cin, cout), (c, cout))
@@ -304,11 +301,10 @@ def _kernel_gradient_item(module: ir.Module, blocks: Blocks) -> ir.Function:
         b.call(memset, [place, ir.Constant(I8, 0), size, ir.Constant(I1, False)])
 
     strip = maximum(b, b.udiv(number(STRIP_PIXELS), width), number(1))
-    malloc = declared(module, "malloc", [I64], PTR)
     pixels = b.mul(total(b, strip, 2), width)
     far_x, far_dy = (less(b, number(NEAR_CHANNELS), c) for c in (cin, cout))
     x_copy, dy_copy = (
-        b.call(malloc, [b.select(far, b.mul(b.mul(pixels, channels), number(4)), number(0))])
+        allocate(b, b.select(far, b.mul(pixels, channels), number(0)))
         for far, channels in ((far_x, b.sub(end, first)), (far_dy, cout))
     )
 
@@ -362,7 +358,7 @@ def _kernel_gradient_item(module: ir.Module, blocks: Blocks) -> ir.Function:
         strip_of_rows(low, high, image)
         b.store(high, next_row)
     for copy in (x_copy, dy_copy):
-        b.call(declared(module, "free", [PTR], VOID), [copy])
+        release(b, copy)
     b.ret_void()
     return item
 
