@@ -254,26 +254,26 @@ class _Copied(NamedTuple):
     channels: Value  # of the whole array
     first: Value  # of the channels
 
-    def block(self, b: Builder, row: Value, c: Value, size: int) -> tuple[Value, Value]:
-        """Where channels from `c` begin in `row`, and how far it is from pixel to pixel."""
-        there = at(b, self.values, (row, self.width, self.channels), c)
+    def _there(self, b: Builder, row: Value, c: Value) -> Value:
+        return at(b, self.values, (row, self.width, self.channels), c)
+
+    def _copied(self, b: Builder, row: Value, c: Value, size: int) -> Value:
         row = total(b, row, (self.first_row, -1))
         c = total(b, c, (self.first, -1))
-        copied = at(b, self.copy, (c, self.pixels), (row, self.width, size))
+        return at(b, self.copy, (c, self.pixels), (row, self.width, size))
+
+    def block(self, b: Builder, row: Value, c: Value, size: int) -> tuple[Value, Value]:
+        """Where channels from `c` begin in `row`, and how far it is from pixel to pixel."""
         return (
-            b.select(self.is_copied, copied, there),
+            b.select(self.is_copied, self._copied(b, row, c, size), self._there(b, row, c)),
             b.select(self.is_copied, number(size), self.channels),
         )
 
     def fill(self, b: Builder, c: Value, size: int) -> None:
         """Copy the block of channels from `c`."""
         vector = ir.VectorType(F32, size)
-        source, _ = self._replace(is_copied=ir.Constant(I1, False)).block(
-            b, self.first_row, c, size
-        )
-        target, _ = self._replace(is_copied=ir.Constant(I1, True)).block(
-            b, self.first_row, c, size
-        )
+        source = self._there(b, self.first_row, c)
+        target = self._copied(b, self.first_row, c, size)
         with for_range(b, 0, self.pixels) as p:
             value = load(b, vector, at(b, source, (p, self.channels)))
             b.store(value, at(b, target, (p, size)), align=4)
