@@ -25,7 +25,9 @@ from jaxunet.data.sources import Pair, Source, same_contents
 from jaxunet.errors import DataError
 
 
-def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
+def prepare(
+    config: DataConfig, *, progress: bool = True, recorded: str | None = None
+) -> Prepared:
     """Open the prepared dataset that `config` asks for; check the data and build it first
     if it isn't there.
 
