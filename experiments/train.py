@@ -11,7 +11,7 @@ from presets import PRESETS
 from jaxunet import distributed
 from jaxunet.config import Config
 from jaxunet.data import prepare
-from jaxunet.run import RunDirectory, config_of_main, load_config
+from jaxunet.run import RunDirectory, config_of_main, load_config, recorded_fingerprint
 from jaxunet.training import train
 
 
@@ -21,6 +21,8 @@ class Arguments(Config):
     """Run directory to write (none: runs/PRESET)."""
     resume: bool = False
     """Go on with the run in --out from its latest checkpoint, or start it if there is none."""
+    accept_other_data: bool = False
+    """With --resume: go on though the data are not those that the run was trained on."""
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices; both compute the same."""
     distributed: bool = False
@@ -52,10 +54,19 @@ def main() -> None:
     config = config_of_main(lambda: arguments.config)
     with RunDirectory(out, config, resume=arguments.resume):
         pass  # whatever is wrong with --out is said before the data are prepared
+    recorded = recorded_fingerprint(out)
     data = distributed.main_first(
-        lambda: prepare(config.data, progress=distributed.is_main()), "preparing the data"
+        lambda: prepare(config.data, progress=distributed.is_main(), recorded=recorded),
+        "preparing the data",
     )
-    outcome = train(config, data, out, resume=arguments.resume, parallel=arguments.parallel)
+    outcome = train(
+        config,
+        data,
+        out,
+        resume=arguments.resume,
+        parallel=arguments.parallel,
+        accept_other_data=arguments.accept_other_data,
+    )
     if not distributed.is_main():
         return
     print_scores(outcome.summary)

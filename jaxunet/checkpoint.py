@@ -10,11 +10,13 @@ import json
 import math
 import shutil
 import sys
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -24,9 +26,16 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxunet.distributed import from_main, is_main, on_main
 from jaxunet.errors import RunError
+from jaxunet.files import check_encodable, check_writable, system_error, why, write_atomically
+from jaxunet.provenance import disagreement
 from jaxunet.steps import TrainState
 
+T = TypeVar("T")
 Which = Literal["latest", "best"]
+KEPT = 2  # of the latest checkpoints
+SCORES, PROGRESS = Path("metrics", "metrics"), Path("progress", "metadata")  # in each of them
+LOOKS = 20  # at the checkpoints of a run that removes old ones meanwhile
+REMOVAL = 0.2  # seconds that it may take to remove one
 
 absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax narrates every file, and its errors
 
@@ -34,7 +43,8 @@ absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax narrates every file, and
 class Checkpoints:
     """The checkpoints under one directory: the latest two, and the best by a metric.
 
-    Saving is asynchronous and atomic: a checkpoint that was not finished is never listed.
+    Saving is asynchronous and atomic: a checkpoint that was not finished is never listed,
+    and nothing is removed before what replaces it is whole.
 
     Of several processes, which must all call, number 0 writes and reads; the others get
     what it read, and need not see the directory.
@@ -44,7 +54,8 @@ class Checkpoints:
         """Open `directory`; unless `read_only`, make it and remove what a kill left half-made.
 
         Raises:
-            RunError: the scores of every checkpoint are damaged, or it cannot be opened.
+            RunError: the scores of every checkpoint are damaged, or it cannot be opened, or
+                not be written to.
         """
 
         def metric(metrics: dict[str, float]) -> float:
@@ -58,7 +69,7 @@ class Checkpoints:
             best_mode="max",
             preservation_policy=preservation_policy.AnyPreservationPolicy(
                 [
-                    preservation_policy.LatestN(2),
+                    preservation_policy.LatestN(KEPT),
                     preservation_policy.BestN(
                         get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
                     ),
@@ -66,6 +77,8 @@ class Checkpoints:
             ),
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            # Made in a thread, a folder that can't be made is waited for for 300 s.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             # Orbax would wait for the other processes, which never come here.
             create=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -74,35 +87,53 @@ class Checkpoints:
             if jax.process_count() > 1
             else ocp.options.MultiprocessingOptions(),
         )
-        try:
-            if not read_only:
-                directory.mkdir(parents=True, exist_ok=True)
+        if read_only:
+            check_encodable(directory)
+        else:
+            check_writable(directory)
+
+        def open_() -> ocp.CheckpointManager:
             self._set_aside_without_scores()
-            self._manager = ocp.CheckpointManager(
-                directory.absolute(), options=options, item_names=("state", "progress")
-            )
+            return ocp.CheckpointManager(directory.absolute(), options=options)
+
+        try:
+            self._manager = self._look(open_)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise RunError(
                 f"The checkpoints in {directory} cannot be listed: {_reason(error)}."
             ) from error
 
+    def _look(self, function: Callable[[], T]) -> T:
+        """`function`, again while what it reads is removed under it, by a run in training."""
+        for _ in range(LOOKS if self.read_only else 0):
+            try:
+                return function()
+            except FileNotFoundError:
+                if not self.directory.exists():
+                    raise
+        return function()
+
     def _set_aside_without_scores(self) -> None:
         """Orbax reads all scores to begin with, and opens nothing if it can't."""
-        found = sorted(self.directory.glob("[0-9]*/metrics/metrics"))
-        damaged = {path: reason for path in found if (reason := _json_damage(path))}
-        steps = {p.name for p in self.directory.iterdir() if p.name.isdigit()}
+        steps = [path for path in self.directory.iterdir() if path.name.isdigit()]
+        found = {path: _json_damage(path / SCORES) for path in sorted(steps)}
+        damaged = {path: reason for path, reason in found.items() if reason}
         for path, reason in damaged.items():
-            step = path.parents[1].name
-            said = f"The checkpoint of step {step} in {self.directory} is damaged: {reason}."
+            said = (
+                f"The checkpoint of step {path.name} in {self.directory} is damaged: {reason}."
+            )
             if self.read_only or len(damaged) == len(steps):
                 raise RunError(f"{said} Move it away, and the one before it is used.")
-            self._set_aside(int(step), said)
+            self._set_aside(int(path.name), said)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, in order."""
-        return on_main(
-            lambda: sorted(self._manager.all_steps(read=True)), "listing the checkpoints"
-        )
+
+        def listed() -> list[int]:
+            self._manager.reload()
+            return sorted(self._manager.all_steps())
+
+        return on_main(lambda: self._look(listed), "listing the checkpoints")
 
     def save(
         self,
@@ -112,8 +143,9 @@ class Checkpoints:
     ) -> None:
         """Start saving host arrays `state` and JSON `progress` under the state's step.
 
-        `metrics` are the validation scores of exactly this state, if there are any. A
-        checkpoint that already stands at this step is replaced.
+        `metrics` are the validation scores of exactly this state, if there are any. Where a
+        checkpoint of this step stands already, as after a stop before its evaluation, it
+        has the same state, and gets the progress and the scores.
 
         Raises:
             RunError: this one, or the one saved before, cannot be written.
@@ -124,7 +156,8 @@ class Checkpoints:
         record = {**progress, "checksum": _checksum(state, progress)}
         with self._writing():
             if step in self._manager.all_steps():
-                self._manager.delete(step)
+                self._complete(step, state, record, metrics)
+                return
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -133,6 +166,34 @@ class Checkpoints:
                 metrics=metrics,
                 force=True,
             )
+
+    def _complete(
+        self,
+        step: int,
+        state: TrainState,
+        record: dict[str, Any],
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Give the checkpoint that stands at `step` other progress, and scores.
+
+        After a kill at any moment it is whole, with the old progress or the new: each file
+        is replaced at once, and scores that the old progress doesn't know of do no harm.
+        """
+        self._manager.wait_until_finished()
+        folder = self.directory / str(step)
+        before = json.loads((folder / PROGRESS).read_bytes())
+        if before.pop("checksum") != _checksum(state, before):
+            raise RunError(
+                f"The checkpoint of step {step} in {self.directory} is of another state than "
+                "the run has at that step; move it away."
+            )
+        if metrics is not None:
+            write_atomically(folder / SCORES, json.dumps(metrics))
+        write_atomically(folder / PROGRESS, json.dumps(record))
+        self._manager.reload()
+        steps = sorted(self._manager.all_steps())
+        for old in set(steps[:-KEPT]) - {self._manager.best_step()}:
+            self._manager.delete(old)
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
@@ -146,11 +207,16 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        # Orbax raises what TensorStore, the file system or its own threads raise.
+        # Orbax raises what TensorStore, the file system or its own threads raise. What is not
+        # the system's error is a mistake of ours, and keeps its traceback.
         except Exception as error:
+            system = system_error(error)
+            if system is None:
+                raise
             raise RunError(
-                f"A checkpoint could not be written to {self.directory}: {_reason(error)}. "
-                "The earlier ones are whole. Once there is space, go on with --resume."
+                f"A checkpoint could not be written to {self.directory}: "
+                f"{why(system, self.directory)} The earlier ones are whole. Once that is "
+                "mended, go on with --resume."
             ) from error
 
     def step_of(self, which: Which) -> int:
@@ -159,16 +225,22 @@ class Checkpoints:
         Raises:
             RunError: there is no checkpoint.
         """
-        steps = self.steps()
+
+        def find() -> int:
+            self._manager.reload()
+            return self._step_of(which)
+
+        return on_main(lambda: self._look(find), f"finding the {which} checkpoint")
+
+    def _step_of(self, which: Which) -> int:
+        steps = self._manager.all_steps()
         if not steps:
             raise RunError(
                 f"{self.directory} holds no finished checkpoint; train first, or give "
                 "another run."
             )
-        best = None
-        if which == "best":
-            best = on_main(lambda: self._manager.best_step(), "finding the best checkpoint")
-        return steps[-1] if best is None else best
+        best = self._manager.best_step() if which == "best" else None
+        return max(steps) if best is None else best
 
     def restore(self, which: Which, like: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
         """A checkpoint's step, its state as host arrays in the shape of `like`, its progress.
@@ -180,17 +252,22 @@ class Checkpoints:
             RunError: there is none, none can be read, or they are of another architecture.
         """
         state = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
-        newest = self.step_of(which)
 
         def read() -> tuple[int, dict[str, Any]]:
             nonlocal state
-            step, state, progress = self._read_newest(
-                [newest] if which == "best" else self._manager.all_steps(), state
-            )
+            step, state, progress = self._look(partial(self._read_which, which, state))
             return step, progress
 
         step, progress = on_main(read, "reading a checkpoint")
         return step, from_main(state), progress
+
+    def _read_which(
+        self, which: Which, target: TrainState
+    ) -> tuple[int, TrainState, dict[str, Any]]:
+        self._manager.reload()
+        step = self._step_of(which)
+        steps = [step] if which == "best" else self._manager.all_steps()
+        return self._read_newest(steps, target)
 
     def _read_newest(
         self, steps: Sequence[int], target: TrainState
@@ -232,6 +309,10 @@ class Checkpoints:
                 ),
             )
         except (ValueError, KeyError, OSError, TypeError) as error:
+            if self.read_only:
+                time.sleep(REMOVAL)
+                if not (self.directory / str(step)).exists():
+                    raise FileNotFoundError(f"step {step} was removed") from error
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} cannot be read with this "
                 f"configuration: {_reason(error)}."
@@ -253,7 +334,12 @@ class Checkpoints:
             )
         progress = restored["progress"]
         checksum = progress.pop("checksum", None) if isinstance(progress, dict) else None
-        if checksum is None or checksum != _checksum(restored["state"], progress):
+        if checksum is None or disagreement(
+            {"checksum": checksum},
+            {"checksum": _checksum(restored["state"], progress)},
+            recorded="the record",
+            there="the contents",
+        ):
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} is damaged: its contents "
                 "are not those of its checksum."
@@ -277,20 +363,20 @@ def _checksum(state: TrainState, progress: dict[str, Any]) -> int:
 
 
 def _json_damage(path: Path) -> str:
-    """What is wrong with a file that should hold a JSON object; nothing if it does."""
+    """What is wrong with a file that should hold a JSON object; nothing if it does, or is
+    not there."""
     try:
         if isinstance(json.loads(path.read_bytes()), dict):
             return ""
         return f"{path.name} holds no JSON object"
+    except FileNotFoundError:
+        return ""
     except (OSError, ValueError, RecursionError) as error:
         return f"{path.name} cannot be read ({error})"
 
 
 def _reason(error: Exception) -> str:
     """What Orbax says first; after it, it prints whole arrays."""
-    for reason in ("No space left on device", "Disk quota exceeded"):
-        if reason in str(error):  # behind the names of half a dozen files
-            return reason
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].endswith("tree structures do not match:"):
         return f"it is of another model, with a difference in {lines[1].rstrip(':')}"

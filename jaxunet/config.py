@@ -308,15 +308,3 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
 def dumps(config: Any) -> str:
     """Configuration as indented JSON text."""
     return json.dumps(to_dict(config), indent=2)
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Fields in which two configurations differ, as `name: old -> new` lines."""
-    lines = []
-    for f in dataclasses.fields(old):
-        before, after = getattr(old, f.name), getattr(new, f.name)
-        if dataclasses.is_dataclass(before):
-            lines += differences(before, after, f"{where}{f.name}.")
-        elif before != after:
-            lines.append(f"{where}{f.name}: {before!r} -> {after!r}")
-    return lines

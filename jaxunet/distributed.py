@@ -10,12 +10,13 @@ With one process every function here does the plain thing and nothing else.
 import itertools
 import json
 import os
+import platform
 import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -23,7 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxunet import errors
-from jaxunet.errors import ConfigError, JaxUNetError
+from jaxunet.errors import ConfigError, JaxUNetError, RunError
+from jaxunet.provenance import disagreement
 
 T = TypeVar("T")
 
@@ -138,6 +140,40 @@ def on_main(function: Callable[[], Any], doing: str) -> Any:
     return result["value"]
 
 
+def same_everywhere(record: dict[str, Any], ignore: Collection[str] = ()) -> None:
+    """Make sure that every process has the same `record`.
+
+    Args:
+        record: what JSON can hold.
+        ignore: as for `jaxunet.provenance.disagreement`.
+
+    Raises:
+        RunError: one differs from process 0; on every process, with the same message.
+    """
+    if not is_joined():
+        return
+    key, me = f"jaxunet/turn-{next(_turns)}", jax.process_index()
+    _client().key_value_set(f"{key}/{me}", json.dumps([platform.node(), record]))
+    hosts = [
+        json.loads(_await(f"{key}/{each}", "getting ready", of=each))
+        for each in range(jax.process_count())
+    ]
+    (main_node, main_record), *others = hosts
+    for index, (node, other) in enumerate(others, start=1):
+        said = disagreement(
+            main_record,
+            other,
+            recorded=f"Process 0 (on {main_node})",
+            there=f"process {index} (on {node})",
+            ignore=ignore,
+        )
+        if said:
+            raise RunError(
+                f"{said} All processes need the same data, configuration and code: bring "
+                f"process {index}'s to the state of process 0's."
+            )
+
+
 def main_first(function: Callable[[], T], doing: str) -> T:
     """`function` on process 0 and, when that is done, on every other one.
 
@@ -176,7 +212,7 @@ def fail(error: BaseException, status: int) -> NoReturn:
     elif isinstance(error, JaxUNetError):
         _say(f"error: {error}")
     elif _is_loss(error):
-        error = errors.RunError(
+        error = RunError(
             "lost the others in the middle of a computation: one of them was killed or "
             "cannot be reached. Start all of them again with --resume. "
             f"({str(error).splitlines()[0][:200]})"
@@ -208,7 +244,7 @@ def _client() -> Any:
     return global_state.client
 
 
-def _await(key: str, doing: str) -> str:
+def _await(key: str, doing: str, of: int = 0) -> str:
     wait = PATIENCE
     while True:
         try:
@@ -217,7 +253,7 @@ def _await(key: str, doing: str) -> str:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         if wait == PATIENCE:
-            _say(f"waits for process 0, which is {doing}.")
+            _say(f"waits for process {of}, which is {doing}.")
         wait = 60.0
 
 

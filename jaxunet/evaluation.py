@@ -10,12 +10,18 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxunet.config import Config
+from jaxunet.config import Config, to_dict
 from jaxunet.data import Prepared
 from jaxunet.data.order import Order
+from jaxunet.distributed import same_everywhere
+from jaxunet.environment import environment
 from jaxunet.feed import Feed
 from jaxunet.metrics import scores
 from jaxunet.parallel import Step
+
+DECIDING_PACKAGES = ("jaxunet", "jax", "jaxlib", "flax", "optax", "numpy")
+LOCAL = ("data.dir", "data.prepared_dir", "data.loader", "data.workers")
+"""Options that each host may have its own of: the examples are the same."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ def describe(
         "official_count": official_counts.get(split.partition("[")[0]),
         "image_size": image_size,
         "fingerprint": fingerprint,
+        "counts": counts,
         "unofficial_splits": {
             each: f"{found} of {official_counts[each]}"
             for each, found in counts.items()
@@ -130,7 +137,7 @@ def describe(
 
 def describe_split(data: Prepared, split: str, image_size: int) -> dict[str, Any]:
     """`describe` for a split, or a slice of one, of a prepared dataset."""
-    return describe(
+    described = describe(
         name=data.name,
         split=split,
         count=data.count(split),
@@ -138,4 +145,27 @@ def describe_split(data: Prepared, split: str, image_size: int) -> dict[str, Any
         fingerprint=data.fingerprint,
         counts=data.counts,
         official_counts=data.official_counts,
+    )
+    return {**described, "stored_size": data.stored_size}
+
+
+def check_hosts(config: Config, data: Prepared) -> None:
+    """Make sure that all processes work on the same data, with the same configuration and code.
+
+    Raises:
+        RunError: one differs from process 0; on every process, naming it.
+    """
+    here = environment()
+    same_everywhere(
+        {
+            "data": {
+                "fingerprint": data.fingerprint,
+                "counts": data.counts,
+                "stored_size": data.stored_size,
+            },
+            "config": to_dict(config),
+            "git_commit": here["git_commit"],
+            "versions": {name: here["versions"][name] for name in DECIDING_PACKAGES},
+        },
+        ignore={f"config.{name}" for name in LOCAL},
     )

@@ -1,6 +1,7 @@
-"""A run's directory: what it holds, who may write to it, and the lines it logs.
+"""A run's directory: what it holds, who may write to it, and what it may go on with.
 
-config.json      configuration, versions, devices, git commit, dataset
+config.json      configuration, versions, devices, git commit, dataset, and which other
+                 data were accepted later
 metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
 tensorboard/     the same as event files
 checkpoints/     see `jaxunet.checkpoint`
@@ -8,20 +9,23 @@ figures/         curves.png, predictions.png
 summary.json     final scores, by protocol
 """
 
+import errno
 import fcntl
 import json
-import time
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from jaxunet.config import Config, differences, from_dict, to_dict
+from jaxunet.config import Config, DataConfig, from_dict, to_dict
 from jaxunet.distributed import is_main, on_main
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError, RunError
-from jaxunet.files import write_atomically, write_json
+from jaxunet.files import check_writable, why, write_json
+from jaxunet.provenance import disagreement
+
+LOCK = ".jaxunet-lock"
 
 # What may change between a run and its continuation: it alters no number already written.
 CONTINUABLE = (
@@ -35,12 +39,12 @@ CONTINUABLE = (
 )
 
 
-def load_config(run: Path) -> Config:
-    """The configuration a run was made with.
+def read_record(run: Path) -> dict[str, Any]:
+    """All that a run's config.json holds.
 
     Raises:
         RunError: `run` is no run directory.
-        ConfigError: its config.json is damaged or was edited into something not allowed.
+        ConfigError: its config.json is damaged.
     """
     path = run / "config.json"
     try:
@@ -54,12 +58,80 @@ def load_config(run: Path) -> Config:
         record = json.loads(contents)
         if not isinstance(record, dict) or "config" not in record:
             raise ConfigError("There is no field 'config'.")
+        return record
+    except (ValueError, RecursionError) as error:
+        raise _not_a_configuration(run, error) from error
+
+
+def load_config(run: Path) -> Config:
+    """The configuration a run was made with.
+
+    Raises:
+        RunError: `run` is no run directory.
+        ConfigError: its config.json is damaged or was edited into something not allowed.
+    """
+    record = read_record(run)
+    try:
         return from_dict(Config, record["config"])
     except (ValueError, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is not a run's configuration: {str(error).rstrip('.')}. Undo what was "
-            f"changed in it; a copy is in progress/metadata of each {run / 'checkpoints'}/STEP."
-        ) from error
+        raise _not_a_configuration(run, error) from error
+
+
+def _not_a_configuration(run: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{run / 'config.json'} is not a run's configuration: {str(error).rstrip('.')}. Undo "
+        "what was changed in it; a copy is in progress/metadata of each "
+        f"{run / 'checkpoints'}/STEP."
+    )
+
+
+def recorded_dataset(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's record says of its data: the last that it was trained on, or nothing."""
+    accepted = record.get("accepted_data") or [{}]
+    found = accepted[-1].get("dataset") or record.get("dataset")
+    return found if isinstance(found, dict) else {}
+
+
+def recorded_fingerprint(run: Path) -> str | None:
+    """The fingerprint of the data that `run` was trained on; None where nothing says it.
+
+    `jaxunet.data.prepare` finds the prepared data by it when their source is gone.
+    """
+
+    def read() -> str | None:
+        if not (run / "config.json").exists():
+            return None
+        return recorded_dataset(read_record(run)).get("fingerprint")
+
+    return on_main(read, "reading the run's record")
+
+
+def other_data(run: Path, dataset: Mapping[str, Any], data: DataConfig) -> str | None:
+    """None if `dataset` is what `run` was trained on, else a sentence that says what changed.
+
+    Args:
+        dataset: what `jaxunet.evaluation.describe` gives, of any split.
+        data: where it comes from.
+    """
+    record = read_record(run)
+    recorded = recorded_dataset(record)
+    known = dict(dataset)
+    split = recorded.get("split")
+    if "counts" not in recorded and split in known.get("counts", {}):
+        # Records of version 0.1 have the training split's count alone.
+        recorded = recorded | {"counts": {split: recorded["count"]}}
+        known["counts"] = {split: known["counts"][split]}
+    of_the_data = ("name", "fingerprint", "counts", "stored_size")
+    return disagreement(
+        {name: recorded.get(name) for name in of_the_data},
+        {name: known.get(name) for name in of_the_data},
+        recorded=f"{run}, which was trained on {_source(load_config(run).data)},",
+        there=f"the data of {_source(data)}",
+    )
+
+
+def _source(data: DataConfig) -> str:
+    return data.name if data.dir is None else f"{data.name} from {data.dir}"
 
 
 def config_of_main(read: Callable[[], Config]) -> Config:
@@ -83,64 +155,120 @@ class RunDirectory:
         """
         self.path, self.config = path, config
         self._lock: IO[str] | None = None
+        self._record: dict[str, Any] = {}  # of the run that is there already
+        self._data: dict[str, Any] = {}  # what is to be recorded of the data
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
     def _take(self, resume: bool) -> None:
-        path = self.path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
-        except OSError as error:
-            raise RunError(f"--out {path} cannot be written to: {error.strerror}.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise RunError(
-                f"--out {path} is in use by another run; wait for it, or choose another "
-                "directory."
-            ) from error
+        self._refuse_what_is_no_run()  # before anything is written there
+        check_writable(self.path, "--out")
+        self._lock = _locked(self.path)
         try:
             self._check(resume)
         except BaseException:
             self.close()
             raise
 
-    def _check(self, resume: bool) -> None:
-        found = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
-        if not found:
+    def _refuse_what_is_no_run(self) -> None:
+        path = self.path
+        try:
+            found = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
+        except OSError as error:
+            raise RunError(f"--out {path} cannot be read: {why(error, path)}") from error
+        if "config.json" in found:
             return
-        if not (self.path / "config.json").exists():
-            if found == ["checkpoints"] or all(name.startswith(".") for name in found):
-                return  # killed before it wrote anything worth keeping
+        found = [name for name in found if not name.startswith(".")]
+        if not found or (found == ["checkpoints"] and not self._steps()):
+            return  # killed before it wrote anything worth keeping
+        if found == ["checkpoints"]:
             raise RunError(
-                f"--out {self.path} is not empty and holds no run (found "
-                f"{', '.join(found[:3])}); choose another directory."
+                f"--out {path} holds checkpoints, but not the config.json of the run that "
+                "they are of. Put it back (a copy of the configuration is in "
+                f"progress/metadata of each {path / 'checkpoints'}/STEP), or choose another "
+                "--out."
             )
+        raise RunError(
+            f"--out {path} is not empty and holds no run (found {', '.join(found[:3])}); "
+            "choose another directory."
+        )
+
+    def _steps(self) -> list[str]:
+        """Names of the checkpoints that there are."""
+        folder = self.path / "checkpoints"
+        return [each.name for each in folder.glob("*") if each.name.isdigit()]
+
+    def _check(self, resume: bool) -> None:
+        if not (self.path / "config.json").exists():
+            return
+        complete = (self.path / "summary.json").exists()
         if not resume:
-            state = "a complete" if (self.path / "summary.json").exists() else "an unfinished"
+            state = "a complete" if complete else "an unfinished"
             raise RunError(
                 f"--out {self.path} already holds {state} run. Add --resume to go on with it "
                 "(with more --train.epochs if it is complete), or choose another --out."
             )
-        changed = [
-            line
-            for line in differences(load_config(self.path), self.config)
-            if line.split(":")[0] not in CONTINUABLE
-        ]
+        changed = disagreement(
+            to_dict(load_config(self.path)),
+            to_dict(self.config),
+            recorded=f"--out {self.path} was made with another configuration, which",
+            there="this one",
+            ignore=CONTINUABLE,
+        )
         if changed:
+            raise RunError(f"{changed} Go on with the run's own, or choose another --out.")
+        self._record = read_record(self.path)
+        had = complete or self._record.get("has_checkpoints")
+        if not self._steps() and (had or not (self.path / "checkpoints").exists()):
             raise RunError(
-                f"--out {self.path} was made with another configuration and cannot go on "
-                f"with this one. Differing: {'; '.join(changed)}."
+                f"--out {self.path} is a run whose checkpoints are gone from "
+                f"{self.path / 'checkpoints'}, so that there is nothing to go on from. Put "
+                "them back, or train anew with another --out."
             )
         read_metrics(self.path / "metrics.jsonl")  # before anything is written
 
-    def write_config(self, dataset: dict[str, Any]) -> None:
-        """config.json: the configuration and all that is known of where it runs."""
+    def check_data(self, dataset: dict[str, Any], *, accept: bool) -> None:
+        """Make sure that a run goes on with the data that it was trained on.
+
+        Args:
+            dataset: what `jaxunet.evaluation.describe_split` gives.
+            accept: take other data too; it is recorded.
+
+        Raises:
+            RunError: the data are others, and `accept` is False.
+        """
+        on_main(partial(self._check_data, dataset, accept), "comparing the data")
+
+    def _check_data(self, dataset: dict[str, Any], accept: bool) -> None:
+        said = other_data(self.path, dataset, self.config.data) if self._record else None
+        if said and not accept:
+            raise RunError(
+                f"{said} A run goes on with its own data only: bring them back, or train anew "
+                "with another --out. If you mean to go on with the others, add "
+                "--accept-other-data, which is recorded."
+            )
+        accepted = list(self._record.get("accepted_data", []))
+        if said:
+            accepted.append({"why": said, "dataset": dataset})
+        elif accepted:
+            accepted[-1] = {**accepted[-1], "dataset": dataset}
+        first = self._record.get("dataset", {})
+        self._data = {
+            "dataset": first if accepted else {**first, **dataset},
+            **({"accepted_data": accepted} if accepted else {}),
+        }
+
+    def write_config(self, dataset: dict[str, Any] | None = None) -> None:
+        """config.json: the configuration and all that is known of where it runs.
+
+        Args:
+            dataset: of a run that `check_data` was not asked about.
+        """
         if not is_main():
             return
         record = {"config": to_dict(self.config), "command": command_line(), **environment()}
-        write_json(self.path / "config.json", {**record, "dataset": dataset})
+        record |= self._data if dataset is None else {"dataset": dataset}
+        record["has_checkpoints"] = bool(self._steps())
+        write_json(self.path / "config.json", record)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -151,6 +279,33 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """A file that holds the lock of `folder` until it is closed; None where there are none.
+
+    Raises:
+        RunError: another process has the lock, or it can't be had.
+    """
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise RunError(
+                f"--out {folder} is in use by another run; wait for it, or choose another "
+                "directory."
+            ) from error
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise RunError(f"--out {folder} cannot be locked: {why(error, folder)}") from error
+        print(
+            f"warning: the file system of {folder} has no locks ({error.strerror}); see to it "
+            "yourself that no other run writes there.",
+            file=sys.stderr,
+        )
+        return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -171,81 +326,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 "it, or move the file away, and the log starts anew."
             ) from error
     return lines
-
-
-class MetricsLog:
-    """Appends to metrics.jsonl and to TensorBoard's event files."""
-
-    def __init__(self, run: Path, *, keep_lines: int, step: int):
-        """Go on at `step` after `keep_lines` lines; a killed run's later ones are dropped."""
-        path = run / "metrics.jsonl"
-        kept = read_metrics(path)[:keep_lines]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-        self._events = Events(run / "tensorboard", purge_step=step + 1)
-
-    def write(
-        self, *, step: int, epoch: int, split: str, values: dict[str, float], seconds: float
-    ) -> None:
-        line = {
-            "step": step,
-            "epoch": epoch,
-            "split": split,
-            "values": values,
-            "wall_seconds": round(seconds, 3),
-        }
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                self._events.write(f"{split}/{name}", value, step)
-        except OSError as error:
-            raise RunError(
-                f"{self._file.name} cannot be written to: {error.strerror}. What was saved "
-                "before is whole. Once that is mended, go on with --resume."
-            ) from error
-
-    def close(self) -> None:
-        # On a full disk even this fails; what was flushed before is all there is.
-        with suppress(OSError):
-            self._file.close()
-        with suppress(OSError):
-            self._events.close()
-
-
-class Events:
-    """Scalars for TensorBoard.
-
-    Written here and now: tensorboardX's `SummaryWriter` does so in a thread, whose errors
-    nobody hears.
-    """
-
-    FLUSH_SECONDS = 10.0
-
-    def __init__(self, folder: Path, *, purge_step: int):
-        """Go on in `folder`; TensorBoard drops what older files say from `purge_step` on."""
-        # Imported late: where PyTorch is installed, tensorboardX imports it.
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        def scalar(name: str, value: float, step: int) -> Any:
-            content = summary.scalar(name, value)
-            return Event(wall_time=time.time(), step=step, summary=content)
-
-        self._scalar = scalar
-        folder.mkdir(exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self._file.write_event(Event(step=purge_step, file_version="brain.Event:2"))
-        self._file.write_event(Event(step=purge_step, session_log=start))
-        self._flushed = time.monotonic()
-
-    def write(self, name: str, value: float, step: int) -> None:
-        self._file.write_event(self._scalar(name, value, step))
-        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._file.close()

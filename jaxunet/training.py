@@ -20,13 +20,14 @@ from jaxunet.data.order import Order
 from jaxunet.data.prepare import Prepared
 from jaxunet.distributed import is_main
 from jaxunet.errors import RunError, Stopped
-from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
+from jaxunet.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
 from jaxunet.feed import Feed
 from jaxunet.files import write_json
+from jaxunet.log import MetricsLog
 from jaxunet.optim import make_schedule
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.reporting import write_figures
-from jaxunet.run import MetricsLog, RunDirectory
+from jaxunet.run import RunDirectory
 from jaxunet.steps import TrainState, eval_step, init_state, make_recipe, train_step
 from jaxunet.stopping import StopVote, stop_requests
 from jaxunet.trained import compile_probabilities
@@ -44,6 +45,8 @@ class Progress:
     evaluated_epochs: int = 0
     lines: int = 0  # of metrics.jsonl
     seconds: float = 0.0  # of training and evaluation, over all restarts
+    batches_per_epoch: int | None = None  # which other data change
+    shift: int = 0  # number of a batch in the order of the data, less its step
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,13 @@ class Trainer:
         *,
         parallel: Literal["pmap", "jit"] = "pmap",
         show_progress: bool = True,
+        accept_other_data: bool = False,
     ):
+        check_hosts(config, data)
+        run.check_data(
+            describe_split(data, config.data.train_split, config.data.image_size),
+            accept=accept_other_data,
+        )
         devices = len(jax.devices())
         check_divisible("train.batch_size", config.train.batch_size, devices)
         check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
@@ -85,7 +94,15 @@ class Trainer:
             jax.process_index(),
             jax.process_count(),
         )
-        self.total_steps = self.order.batches_per_epoch * config.train.epochs
+        self.progress = Progress(batches_per_epoch=self.order.batches_per_epoch)
+        self.first_step = 0
+        self._plan()
+
+    def _plan(self) -> None:
+        """Everything that follows from how many steps there are."""
+        config = self.config
+        batches = self.order.batches_per_epoch * config.train.epochs
+        self.total_steps = batches - self.progress.shift
         self.recipe = make_recipe(config, self.total_steps)
         self.schedule = make_schedule(
             config.optimizer, max(1, self.total_steps // config.optimizer.accumulate_steps)
@@ -96,9 +113,7 @@ class Trainer:
         self.eval_step = self.validation_feed.compile(
             partial(eval_step, self.recipe), outputs="replicated"
         )
-        self.batches = self.train_feed.batches(self.order, self.total_steps)
-        self.progress = Progress()
-        self.first_step = 0
+        self.batches = self.train_feed.batches(self.order, batches)
 
     def train(self) -> Outcome:
         """Train to the last epoch, from the latest checkpoint if there is one.
@@ -112,7 +127,7 @@ class Trainer:
         )
         try:
             state = self._restore()
-            self.run.write_config(self._dataset(self.config.data.train_split))
+            self.run.write_config()
             self.log = self._open_log()
             try:
                 with stop_requests() as received:
@@ -126,18 +141,33 @@ class Trainer:
 
     def _restore(self) -> Any:
         host = jax.tree.map(np.asarray, jax.jit(partial(init_state, self.recipe))())
-        if self.checkpoints.steps():
+        self._has_checkpoints = bool(self.checkpoints.steps())
+        if self._has_checkpoints:
             step, host, progress = self.checkpoints.restore("latest", host)
             progress.pop("config")
             self.progress = Progress(**progress)
-            self.batches.set_state(self.progress.loader)
             self.first_step = step
+            self._take_up_order()
             if step > self.total_steps:
                 raise RunError(
                     f"The run has done {step} steps, but train.epochs "
                     f"{self.config.train.epochs} is only {self.total_steps}; ask for more."
                 )
         return self.strategy.replicate(host)
+
+    def _take_up_order(self) -> None:
+        """Go on in the order of the examples where the run is; other data, whose epochs have
+        another length, begin with an epoch."""
+        per_epoch, shift = self.order.batches_per_epoch, self.progress.shift
+        if self.progress.batches_per_epoch not in (None, per_epoch):
+            next_batch = self.progress.evaluated_epochs * per_epoch
+            self.progress.loader = {"next_batch": next_batch}
+            self.progress.epoch_loss = self.progress.epoch_examples = 0.0
+            self.progress.shift = next_batch - self.first_step
+        self.progress.batches_per_epoch = per_epoch
+        if self.progress.shift != shift or shift:
+            self._plan()
+        self.batches.set_state(self.progress.loader)
 
     def _loop(self, state: Any) -> Outcome:
         self._clock = time.perf_counter()
@@ -147,7 +177,7 @@ class Trainer:
         self._losses: deque[tuple[int, Any]] = deque()
         while self.progress.evaluated_epochs < self.config.train.epochs:
             epoch = self.progress.evaluated_epochs
-            last = (epoch + 1) * per_epoch
+            last = (epoch + 1) * per_epoch - self.progress.shift
             bar = tqdm(
                 total=per_epoch,
                 initial=per_epoch - (last - step),
@@ -201,7 +231,7 @@ class Trainer:
                 updates = (step - 1) // self.config.optimizer.accumulate_steps
                 self._write(
                     step,
-                    (step - 1) // self.order.batches_per_epoch + 1,
+                    (step - 1 + self.progress.shift) // self.order.batches_per_epoch + 1,
                     "train",
                     {
                         "loss": values["loss"],
@@ -213,7 +243,9 @@ class Trainer:
     def _open_log(self) -> MetricsLog | None:
         if not is_main():
             return None
-        return MetricsLog(self.run.path, keep_lines=self.progress.lines, step=self.first_step)
+        log = MetricsLog(self.run.path, keep_lines=self.progress.lines, step=self.first_step)
+        self.progress.lines = log.lines
+        return log
 
     def _write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
         if self.log is not None:
@@ -231,6 +263,10 @@ class Trainer:
         self.progress.loader = self.batches.get_state()
         record = {**vars(self.progress), "config": to_dict(self.config)}
         self.checkpoints.save(self.strategy.fetch(state), record, metrics)
+        if not self._has_checkpoints:
+            self.checkpoints.wait()
+            self.run.write_config()  # which says that there is one
+            self._has_checkpoints = True
 
     def _raise_if(self, stop: int, step: int) -> None:
         if stop:
@@ -324,8 +360,21 @@ def train(
     resume: bool = False,
     parallel: Literal["pmap", "jit"] = "pmap",
     show_progress: bool = True,
+    accept_other_data: bool = False,
 ) -> Outcome:
-    """Train `config` on `data` in the run directory `out`; see `Trainer.train`."""
+    """Train `config` on `data` in the run directory `out`; see `Trainer.train`.
+
+    Args:
+        resume: go on with the run in `out`, if there is one.
+        accept_other_data: go on with other data than the run was trained on, and record it.
+    """
     with RunDirectory(out, config, resume=resume) as run:
-        trainer = Trainer(config, data, run, parallel=parallel, show_progress=show_progress)
+        trainer = Trainer(
+            config,
+            data,
+            run,
+            parallel=parallel,
+            show_progress=show_progress,
+            accept_other_data=accept_other_data,
+        )
         return trainer.train()
