@@ -23,6 +23,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxunet.distributed import from_main, is_main, on_main
+from jaxunet.earlier import current, forms, stored
 from jaxunet.errors import RunError
 from jaxunet.steps import TrainState
 
@@ -128,7 +129,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
+                    state=ocp.args.StandardSave(stored(state)),
+                    progress=ocp.args.JsonSave(record)
                 ),
                 metrics=metrics,
                 force=True,
@@ -187,6 +189,7 @@ class Checkpoints:
             step, state, progress = self._read_newest(
                 [newest] if which == "best" else self._manager.all_steps(), state
             )
+            state = current(state, to_go_on=not self.read_only)
             return step, progress
 
         step, progress = on_main(read, "reading a checkpoint")
@@ -224,21 +227,30 @@ class Checkpoints:
         print(f"warning: {said}", file=sys.stderr)
 
     def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        errors: list[Exception] = []
+        for form in forms(target):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(stored(form)),
+                        progress=ocp.args.JsonRestore(),
+                    ),
+                )
+                break
+            except (ValueError, KeyError, OSError, TypeError) as unread:
+                errors.append(unread)
+        else:
+            # A form that fits and can't be read says more than those that don't fit.
+            error = next((e for e in errors if "do not match" not in str(e)), errors[0])
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} cannot be read with this "
                 f"configuration: {_reason(error)}."
             ) from error
+        state = TrainState(**restored["state"])
         # Orbax gives arrays the shapes that they were saved with, whatever was asked for.
-        expected = jax.tree_util.tree_leaves_with_path(target)
-        found = jax.tree.leaves(restored["state"])
+        expected = jax.tree_util.tree_leaves_with_path(form)
+        found = jax.tree.leaves(state)
         differing = [
             f"{jax.tree_util.keystr(path, simple=True, separator='.')} is "
             f"{x.dtype}{list(x.shape)}, expected {like.dtype}{list(like.shape)}"
@@ -253,12 +265,12 @@ class Checkpoints:
             )
         progress = restored["progress"]
         checksum = progress.pop("checksum", None) if isinstance(progress, dict) else None
-        if checksum is None or checksum != _checksum(restored["state"], progress):
+        if checksum is None or checksum != _checksum(state, progress):
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} is damaged: its contents "
                 "are not those of its checksum."
             )
-        return restored["state"], progress
+        return state, progress
 
     def close(self) -> None:
         """Finish saving and let go of the directory."""

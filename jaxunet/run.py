@@ -22,11 +22,14 @@ from jaxunet.distributed import is_main, on_main
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError, RunError
 from jaxunet.files import write_atomically, write_json
+from jaxunet.optim import extend_schedule
 
 # What may change between a run and its continuation: it alters no number already written.
 CONTINUABLE = (
     "train.epochs",
     "train.checkpoint_every",
+    "optimizer.extend",  # what it changes, and whether it may, is said by `extend_schedule`
+    "optimizer.extended_at",
     "data.dir",
     "data.prepared_dir",
     "data.loader",
@@ -83,6 +86,7 @@ class RunDirectory:
         """
         self.path, self.config = path, config
         self._lock: IO[str] | None = None
+        self._recorded = config  # what config.json holds, on process 0
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
     def _take(self, resume: bool) -> None:
@@ -123,9 +127,10 @@ class RunDirectory:
                 f"--out {self.path} already holds {state} run. Add --resume to go on with it "
                 "(with more --train.epochs if it is complete), or choose another --out."
             )
+        self._recorded = load_config(self.path)
         changed = [
             line
-            for line in differences(load_config(self.path), self.config)
+            for line in differences(self._recorded, self.config)
             if line.split(":")[0] not in CONTINUABLE
         ]
         if changed:
@@ -134,6 +139,17 @@ class RunDirectory:
                 f"with this one. Differing: {'; '.join(changed)}."
             )
         read_metrics(self.path / "metrics.jsonl")  # before anything is written
+
+    def extend(self, updates_per_epoch: int) -> Config:
+        """The configuration, with what `jaxunet.optim.extend_schedule` keeps or adds."""
+
+        def extended() -> Config:
+            saved = (self.path / "checkpoints").glob("[0-9]*")
+            done = max((int(p.name) for p in saved if p.name.isdigit()), default=0)
+            return extend_schedule(self._recorded, self.config, updates_per_epoch, done)
+
+        self.config = config_of_main(extended)
+        return self.config
 
     def write_config(self, dataset: dict[str, Any]) -> None:
         """config.json: the configuration and all that is known of where it runs."""

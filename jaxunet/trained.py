@@ -44,7 +44,7 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
         RunError: `run` is no run directory or has no checkpoint that fits its configuration.
     """
     config = config_of_main(lambda: load_config(run))
-    recipe = make_recipe(config, total_steps=_SCHEDULE_IS_IRRELEVANT)
+    recipe = make_recipe(config)
     checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric, read_only=True)
     try:
         like = jax.eval_shape(partial(init_state, recipe))
@@ -52,9 +52,6 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
     finally:
         checkpoints.close()
     return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
-
-
-_SCHEDULE_IS_IRRELEVANT = 2**31 - 1
 
 
 def compile_probabilities(
