@@ -41,11 +41,11 @@ class BatchNorm(nn.Module):
             sum_over_axis = self._sum_over_devices
             values = x.astype(jnp.float32)
             real = weight[:, None, None, None]
-            count = sum_over_axis(jnp.sum(weight) * (x.shape[1] * x.shape[2]))
+            count = sum_over_axis(jnp.sum(weight, dtype=jnp.int32) * (x.shape[1] * x.shape[2]))
             any_real = count > 0
             count = jnp.maximum(count, 1).astype(jnp.float32)
             mean = sum_over_axis(jnp.sum(values, (0, 1, 2), where=real)) / count
-            squares = jnp.sum((values - mean) ** 2, (0, 1, 2), where=real)
+            squares = jnp.sum((values - mean[None, None, None]) ** 2, (0, 1, 2), where=real)
             var = sum_over_axis(squares) / count
             if not self.is_initializing():
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
@@ -59,7 +59,10 @@ class BatchNorm(nn.Module):
                 )
         multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
         # Folded into one multiply-add, so that low precision rounds once.
-        return (x * multiplier + (bias - mean * multiplier)).astype(x.dtype)
+        multiplier, addend = (
+            each[None, None, None] for each in (multiplier, bias - mean * multiplier)
+        )
+        return (x.astype(jnp.float32) * multiplier + addend).astype(x.dtype)
 
     def _sum_over_devices(self, value: Array) -> Array:
         if self.axis_name is None or self.is_initializing():

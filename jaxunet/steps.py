@@ -158,7 +158,8 @@ def train_step(
     mean = 1 / jnp.maximum(examples, 1).astype(jnp.float32)
     loss, grads = loss * mean, jax.tree.map(lambda g: g * mean, grads)
 
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # Adam's count is an integer among floats
+        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema, ema_stats = state.ema, state.ema_stats
     if recipe.ema_decay is not None:
