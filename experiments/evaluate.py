@@ -1,6 +1,5 @@
 """Score a run on a split: `python experiments/evaluate.py RUN --split SPLIT`."""
 
-import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,7 +66,7 @@ def score_originals(
         threshold=config.train.threshold,
         batch_size=config.train.eval_batch_size,
     )
-    return Evaluation(counts, math.nan, time.perf_counter() - start), dataset
+    return Evaluation(counts, None, time.perf_counter() - start), dataset
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from jaxunet.config import Config, to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.environment import command_line, environment
+from jaxunet.errors import ConfigError, RunError
 from jaxunet.evaluation import describe_split
 from jaxunet.figures import loss_comparison
 from jaxunet.files import write_json
@@ -66,7 +67,7 @@ def train_jaxunet(config: Config, data: Prepared) -> dict[str, Any]:
 
 def train_reference(config: Config, data: Prepared) -> dict[str, Any]:
     """The same in PyTorch."""
-    from jaxunet.interop.reproduction import train_pytorch
+    from jaxunet.interop.reproduction import train_pytorch  # PyTorch only where asked for
 
     sources = (data.source(config.data.train_split), data.source(config.data.validation_split))
     result = dataclasses.asdict(train_pytorch(config, *sources))
@@ -74,6 +75,22 @@ def train_reference(config: Config, data: Prepared) -> dict[str, Any]:
     for epoch in result["epochs"]:
         epoch.pop("scores", None)
     return result
+
+
+def check(arguments: Arguments) -> None:
+    """Raise whatever would else be noticed after hours of training."""
+    if not arguments.seeds:
+        raise ConfigError("--seeds names no seed; give one or more, such as --seeds 0 1 2.")
+    if arguments.against == "pytorch":
+        from jaxunet.interop.reproduction import check_followed
+
+        check_followed(arguments.config)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.out):
+            pass
+    except OSError as error:
+        raise RunError(f"--out {arguments.out} cannot be written to: {error.strerror}.") from error
 
 
 def spread(values: list[float], digits: int = 4) -> str:
@@ -119,6 +136,7 @@ def main() -> None:
     start = reference()
     default = Arguments(start.data, start.model, start.optimizer, start.train)
     arguments = parse(Arguments, "Reproduce the reference's protocol.", default)
+    check(arguments)
     config = arguments.config
     data = prepare(config.data)
     size = config.data.image_size

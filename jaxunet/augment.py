@@ -13,6 +13,15 @@ def normalize(images: Images) -> Float[Array, "batch height width 3"]:
     return images.astype(jnp.float32) * (2 / 255) - 1
 
 
+def seed_key(seed: int, impl: str | None = None) -> Key[Array, ""]:
+    """JAX's key of a seed from 0 to 2**63 - 1.
+
+    JAX without 64-bit integers takes the low 32 bits alone, so the high ones are folded in.
+    """
+    key = jax.random.key(seed % 2**32, impl=impl)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
 def example_keys(
     key: Key[Array, ""], step: Int[Array, ""], places: Int[Array, " batch"]
 ) -> Key[Array, " batch"]:

@@ -25,6 +25,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxunet.distributed import from_main, is_main, on_main
+from jaxunet.earlier import current, forms, stored
 from jaxunet.errors import RunError
 from jaxunet.files import check_encodable, check_writable, system_error, why, write_atomically
 from jaxunet.provenance import disagreement
@@ -161,7 +162,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
+                    state=ocp.args.StandardSave(stored(state)),
+                    progress=ocp.args.JsonSave(record)
                 ),
                 metrics=metrics,
                 force=True,
@@ -256,6 +258,7 @@ class Checkpoints:
         def read() -> tuple[int, dict[str, Any]]:
             nonlocal state
             step, state, progress = self._look(partial(self._read_which, which, state))
+            state = current(state, to_go_on=not self.read_only)
             return step, progress
 
         step, progress = on_main(read, "reading a checkpoint")
@@ -301,14 +304,22 @@ class Checkpoints:
         print(f"warning: {said}", file=sys.stderr)
 
     def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        errors: list[Exception] = []
+        for form in forms(target):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(stored(form)),
+                        progress=ocp.args.JsonRestore(),
+                    ),
+                )
+                break
+            except (ValueError, KeyError, OSError, TypeError) as unread:
+                errors.append(unread)
+        else:
+            # A form that fits and can't be read says more than those that don't fit.
+            error = next((e for e in errors if "do not match" not in str(e)), errors[0])
             if self.read_only:
                 time.sleep(REMOVAL)
                 if not (self.directory / str(step)).exists():
@@ -317,9 +328,10 @@ class Checkpoints:
                 f"The checkpoint of step {step} in {self.directory} cannot be read with this "
                 f"configuration: {_reason(error)}."
             ) from error
+        state = TrainState(**restored["state"])
         # Orbax gives arrays the shapes that they were saved with, whatever was asked for.
-        expected = jax.tree_util.tree_leaves_with_path(target)
-        found = jax.tree.leaves(restored["state"])
+        expected = jax.tree_util.tree_leaves_with_path(form)
+        found = jax.tree.leaves(state)
         differing = [
             f"{jax.tree_util.keystr(path, simple=True, separator='.')} is "
             f"{x.dtype}{list(x.shape)}, expected {like.dtype}{list(like.shape)}"
@@ -336,7 +348,7 @@ class Checkpoints:
         checksum = progress.pop("checksum", None) if isinstance(progress, dict) else None
         if checksum is None or disagreement(
             {"checksum": checksum},
-            {"checksum": _checksum(restored["state"], progress)},
+            {"checksum": _checksum(state, progress)},
             recorded="the record",
             there="the contents",
         ):
@@ -344,7 +356,7 @@ class Checkpoints:
                 f"The checkpoint of step {step} in {self.directory} is damaged: its contents "
                 "are not those of its checksum."
             )
-        return restored["state"], progress
+        return state, progress
 
     def close(self) -> None:
         """Finish saving and let go of the directory."""

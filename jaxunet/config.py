@@ -6,6 +6,7 @@ texts of the command line.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -177,20 +178,45 @@ class OptimizerConfig:
     """AdamW's decoupled weight decay."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after warm-up: constant, or cosine to zero at the last step."""
+    extend: Literal["hold", "cycle", "stretch"] | None = None
+    """How a run with a cosine goes on when it is resumed with other train.epochs: `hold`, at
+    its last rate; `cycle`, with a new cosine; `stretch`, on the cosine of the new length."""
+    extended_at: tuple[int, ...] = ()
+    """Updates at which the run was to end before it was made longer; --resume records them."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly from zero."""
+    warmup_fraction: float = 0.0
+    """The same as a share of the run's updates, so that it fits any number of images."""
     clip_norm: float | None = None
     """Clip the gradient's global norm to this value."""
     accumulate_steps: int = 1
-    """Batches whose gradients are averaged into one update."""
+    """Parts of train.batch_size images that a step computes one after another for a single
+    update: of accumulate_steps * train.batch_size images, with the loss and the gradient of
+    one batch of so many, and batch norm's statistics of each part. An epoch has as many steps
+    as there are such large batches; the last is filled up with padding, which has no weight."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, used to evaluate."""
+    """Decay of an exponential moving average of the weights and of batch norm's statistics,
+    used to evaluate; for the first updates it is less, (1 + n) / (10 + n) at the n-th."""
 
     def __post_init__(self) -> None:
         require_positive("optimizer.learning_rate", self.learning_rate)
         require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
         require_at_least("optimizer.weight_decay", self.weight_decay, 0)
         require_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        fraction = self.warmup_fraction
+        require(0 <= fraction < 1, "optimizer.warmup_fraction", fraction, "in [0, 1)")
+        require(
+            not (fraction and self.warmup_steps),
+            "optimizer.warmup_fraction",
+            fraction,
+            f"0 where optimizer.warmup_steps is given (it is {self.warmup_steps})",
+        )
+        require(
+            all(a < b for a, b in itertools.pairwise((0, *self.extended_at))),
+            "optimizer.extended_at",
+            self.extended_at,
+            "positive numbers that rise",
+        )
         require_at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
         if self.clip_norm is not None:
             require_positive("optimizer.clip_norm", self.clip_norm)
@@ -205,7 +231,8 @@ class TrainConfig:
     epochs: int = 5
     """Passes over the training split."""
     batch_size: int = 8
-    """Images in a global batch, all devices together."""
+    """Images in a global batch, all devices together; a step takes one such batch, or
+    optimizer.accumulate_steps of them."""
     eval_batch_size: int = 4
     """Images in a global batch of evaluation; scores don't depend on it."""
     loss: Literal["bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"] = "bce"
@@ -242,6 +269,11 @@ class Config:
 
     def __post_init__(self) -> None:
         require_at_least("data.image_size", self.data.image_size, self.model.least_image_size)
+
+    @property
+    def examples_per_step(self) -> int:
+        """Images that one training step, which is one update, takes."""
+        return self.train.batch_size * self.optimizer.accumulate_steps
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -296,6 +328,9 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         elif option is float:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return float(value)
+        elif get_origin(option) is tuple:
+            if isinstance(value, list | tuple) and all(type(each) is int for each in value):
+                return tuple(value)
         elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
     allowed = " or ".join(

@@ -15,6 +15,7 @@ from jaxunet.data import Prepared
 from jaxunet.data.order import Order
 from jaxunet.distributed import same_everywhere
 from jaxunet.environment import environment
+from jaxunet.errors import RunError
 from jaxunet.feed import Feed
 from jaxunet.metrics import scores
 from jaxunet.parallel import Step
@@ -30,12 +31,12 @@ class Evaluation:
 
     Attributes:
         counts: int64 [images, 4]: true and false positives, false and true negatives.
-        loss: mean loss over images; NaN where it was not computed.
+        loss: mean loss over images; None where it was not computed.
         seconds: wall time.
     """
 
     counts: np.ndarray
-    loss: float
+    loss: float | None
     seconds: float
 
     @property
@@ -88,9 +89,20 @@ def report(
     wall_seconds: float | None = None,
     images_per_second: float | None = None,
 ) -> dict[str, Any]:
-    """The object that summary.json and evaluation-<split>.json hold."""
+    """The object that summary.json and evaluation-<split>.json hold.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
     count = len(evaluation.counts)
-    loss = {} if math.isnan(evaluation.loss) else {"loss": evaluation.loss}
+    loss = {} if evaluation.loss is None else {"loss": evaluation.loss}
+    if not all(map(math.isfinite, loss.values())):
+        raise RunError(
+            f"The loss of step {step} on {dataset['name']} {dataset['split']} is "
+            f"{evaluation.loss}: the run's weights, or what they make of an image, are not "
+            "finite, and scores would mean nothing. Use an earlier checkpoint, or train anew "
+            "with a lower optimizer.learning_rate."
+        )
     return {
         "dataset": dataset,
         "scores": evaluation.scores,

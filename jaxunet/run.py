@@ -23,6 +23,7 @@ from jaxunet.distributed import is_main, on_main
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError, RunError
 from jaxunet.files import check_writable, why, write_json
+from jaxunet.optim import extend_schedule
 from jaxunet.provenance import disagreement
 
 LOCK = ".jaxunet-lock"
@@ -31,6 +32,8 @@ LOCK = ".jaxunet-lock"
 CONTINUABLE = (
     "train.epochs",
     "train.checkpoint_every",
+    "optimizer.extend",  # what it changes, and whether it may, is said by `extend_schedule`
+    "optimizer.extended_at",
     "data.dir",
     "data.prepared_dir",
     "data.loader",
@@ -156,6 +159,7 @@ class RunDirectory:
         self.path, self.config = path, config
         self._lock: IO[str] | None = None
         self._record: dict[str, Any] = {}  # of the run that is there already
+        self._recorded = config  # what that record says of it
         self._data: dict[str, Any] = {}  # what is to be recorded of the data
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
@@ -207,8 +211,9 @@ class RunDirectory:
                 f"--out {self.path} already holds {state} run. Add --resume to go on with it "
                 "(with more --train.epochs if it is complete), or choose another --out."
             )
+        self._recorded = load_config(self.path)
         changed = disagreement(
-            to_dict(load_config(self.path)),
+            to_dict(self._recorded),
             to_dict(self.config),
             recorded=f"--out {self.path} was made with another configuration, which",
             there="this one",
@@ -256,6 +261,16 @@ class RunDirectory:
             "dataset": first if accepted else {**first, **dataset},
             **({"accepted_data": accepted} if accepted else {}),
         }
+
+    def extend(self, updates_per_epoch: int) -> Config:
+        """The configuration, with what `jaxunet.optim.extend_schedule` keeps or adds."""
+
+        def extended() -> Config:
+            done = max(map(int, self._steps()), default=0)
+            return extend_schedule(self._recorded, self.config, updates_per_epoch, done)
+
+        self.config = config_of_main(extended)
+        return self.config
 
     def write_config(self, dataset: dict[str, Any] | None = None) -> None:
         """config.json: the configuration and all that is known of where it runs.

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config
+from jaxunet.errors import RunError
 from jaxunet.parallel import Strategy
 from jaxunet.run import config_of_main, load_config
 from jaxunet.steps import Recipe, init_state, make_recipe, predict_step
@@ -41,20 +42,23 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
     """The latest or the best checkpoint of `run`.
 
     Raises:
-        RunError: `run` is no run directory or has no checkpoint that fits its configuration.
+        RunError: `run` is no run directory, has no checkpoint that fits its configuration,
+            or its weights are not finite.
     """
     config = config_of_main(lambda: load_config(run))
-    recipe = make_recipe(config, total_steps=_SCHEDULE_IS_IRRELEVANT)
+    recipe = make_recipe(config)
     checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric, read_only=True)
     try:
         like = jax.eval_shape(partial(init_state, recipe))
         step, state, progress = checkpoints.restore(which, like)
     finally:
         checkpoints.close()
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables)):
+        raise RunError(
+            f"The weights of step {step} of {run} are not finite, so nothing can be computed "
+            "with them. Use another checkpoint, or train or import anew."
+        )
     return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
-
-
-_SCHEDULE_IS_IRRELEVANT = 2**31 - 1
 
 
 def compile_probabilities(

@@ -79,7 +79,7 @@ class Trainer:
         devices = len(jax.devices())
         check_divisible("train.batch_size", config.train.batch_size, devices)
         check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
-        self.config, self.data, self.run = config, data, run
+        self.data, self.run = data, run
         self.show_progress = show_progress and is_main()
         self.strategy: Strategy = make_strategy(parallel)
         self.own_strategy: Strategy = make_strategy(parallel, jax.local_devices())
@@ -89,11 +89,12 @@ class Trainer:
         )
         self.order = Order(
             len(self.train_feed),
-            config.train.batch_size,
+            config.examples_per_step,
             config.train.seed,
             jax.process_index(),
             jax.process_count(),
         )
+        self.config = run.extend(self.order.batches_per_epoch)
         self.progress = Progress(batches_per_epoch=self.order.batches_per_epoch)
         self.first_step = 0
         self._plan()
@@ -104,9 +105,7 @@ class Trainer:
         batches = self.order.batches_per_epoch * config.train.epochs
         self.total_steps = batches - self.progress.shift
         self.recipe = make_recipe(config, self.total_steps)
-        self.schedule = make_schedule(
-            config.optimizer, max(1, self.total_steps // config.optimizer.accumulate_steps)
-        )
+        self.schedule = make_schedule(config.optimizer, self.total_steps)
         self.train_step = self.train_feed.compile(
             partial(train_step, self.recipe), outputs="replicated", donate=True
         )
@@ -228,7 +227,6 @@ class Trainer:
             self.progress.epoch_examples += values["examples"]
             bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if step % self.config.train.log_every == 0:
-                updates = (step - 1) // self.config.optimizer.accumulate_steps
                 self._write(
                     step,
                     (step - 1 + self.progress.shift) // self.order.batches_per_epoch + 1,
@@ -236,7 +234,7 @@ class Trainer:
                     {
                         "loss": values["loss"],
                         "grad_norm": values["grad_norm"],
-                        "learning_rate": float(self.schedule(updates)),
+                        "learning_rate": float(self.schedule(step - 1)),
                     },
                 )
 

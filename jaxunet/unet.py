@@ -79,12 +79,19 @@ def upsample_bilinear(x: Features) -> Float[Array, "batch 2*height 2*width chann
     """
 
     def matrix(size: int) -> Array:
-        position = jnp.arange(2 * size) * ((size - 1) / (2 * size - 1))
-        distance = jnp.abs(position[:, None] - jnp.arange(size)[None, :])
+        position = jnp.arange(2.0 * size) * ((size - 1) / (2 * size - 1))
+        distance = jnp.abs(position[:, None] - jnp.arange(1.0 * size)[None, :])
         return jnp.maximum(0, 1 - distance).astype(x.dtype)
 
     rows, columns = matrix(x.shape[1]), matrix(x.shape[2])
     return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns)
+
+
+def _for_pixels(
+    bias: Float[Array, " channels"], dtype: Any
+) -> Float[Array, "1 1 1 channels"]:
+    """Of the rank of a map, which `jax_numpy_rank_promotion` may demand."""
+    return bias.astype(dtype)[None, None, None]
 
 
 class Conv(nn.Module):
@@ -100,7 +107,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features))
         y = conv3x3(x, kernel.astype(x.dtype))
         if self.config.conv_bias:
-            y += self.param("bias", bias_init, (self.features,)).astype(x.dtype)
+            y += _for_pixels(self.param("bias", bias_init, (self.features,)), x.dtype)
         return y
 
 
@@ -116,7 +123,7 @@ class UpConv(nn.Module):
         kernel_init, bias_init = _initializers(self.config.init, 4 * self.features)
         kernel = self.param("kernel", kernel_init, (2, 2, x.shape[-1], self.features))
         bias = self.param("bias", bias_init, (self.features,))
-        return up_conv2x2(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+        return up_conv2x2(x, kernel.astype(x.dtype)) + _for_pixels(bias, x.dtype)
 
 
 def double_conv(
@@ -136,7 +143,8 @@ def double_conv(
             x = BatchNorm(axis_name, name=f"norm_{i}")(x, weight, train=train)
         elif config.norm == "group":
             groups = min(8, config.width)
-            x = nn.GroupNorm(groups, epsilon=1e-5, dtype=x.dtype, name=f"norm_{i}")(x)
+            norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=f"norm_{i}")
+            x = norm(x.astype(jnp.float32)).astype(x.dtype)
         x = nn.relu(x)
     return x
 
@@ -259,7 +267,7 @@ class Head(nn.Module):
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.config.num_logits))
         bias = self.param("bias", bias_init, (self.config.num_logits,))
         logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        return logits + bias
+        return logits + _for_pixels(bias, jnp.float32)
 
 
 class UNet(nn.Module):

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
+from jaxunet.data.order import generator
+
 VERSION = 1
 """Raise it when the same seed gives other pictures, so that they are prepared again."""
 
@@ -45,7 +47,7 @@ def draw(
     Returns:
         uint8 image `[size, size, 3]` and uint8 mask `[size, size, 1]` of 0 and 255.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    rng = generator(seed, SPLITS.index(split), index)
     y, x = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size] * 2, indexing="ij")
     skin = _skin(rng, size)
     lesion = _outline(rng, x, y)

@@ -55,4 +55,15 @@ class Order:
 def _permutation(count: int, seed: int | None, epoch: int) -> np.ndarray:
     if seed is None:
         return np.arange(count)
-    return np.random.default_rng((seed, epoch)).permutation(count)
+    return generator(seed, epoch).permutation(count)
+
+
+def generator(seed: int, *place: int) -> np.random.Generator:
+    """Random numbers of `seed` at `place`, such as an epoch.
+
+    NumPy strings the 32-bit words of all numbers together, so that seed 2**32 + 5 at place 0
+    would be seed 5 at place 1; larger seeds keep the two apart.
+    """
+    if seed < 2**32:
+        return np.random.default_rng((seed, *place))
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=place))

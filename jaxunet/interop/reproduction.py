@@ -6,7 +6,7 @@ differ is the two frameworks' arithmetic.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from jaxunet.augment import example_keys
-from jaxunet.config import Config
+from jaxunet.augment import example_keys, seed_key
+from jaxunet.config import Config, differences
 from jaxunet.data.order import Order
 from jaxunet.data.pipeline import HostBatch, Source, make_batches
+from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.metrics import scores
@@ -43,12 +44,44 @@ class Training:
     images_per_second: float
 
 
+# What, beside the data, may differ from the reference, as both sides follow it or it changes no number. Any
+# other field must have its default, so a new one is refused until it is done here, too.
+FOLLOWED = (
+    "model.width",
+    "model.depth",
+    "model.init",
+    "optimizer.learning_rate",
+    "train.epochs",
+    "train.batch_size",
+    "train.eval_batch_size",
+    "train.augment",
+    "train.threshold",
+    "train.seed",
+    "train.checkpoint_every",
+    "train.log_every",
+    "train.best_metric",
+)
+
+
+def check_followed(config: Config) -> None:
+    """Raise `ConfigError` unless `train_pytorch` does all that `config` asks for."""
+    plain = replace(Config(), data=config.data)
+    asked = [
+        line for line in differences(plain, config) if line.split(":")[0] not in FOLLOWED
+    ]
+    if asked:
+        raise ConfigError(
+            "--against pytorch trains the reference design by its own protocol (BCE, Adam, a "
+            f"constant rate), and has no {'; '.join(asked)}. Leave that out, or --against."
+        )
+
+
 def flips(seed: int, batch_size: int) -> Callable[[int], np.ndarray]:
     """For each step, which places of the global batch jaxunet flips: bool [batch_size]."""
 
     @jax.jit
     def drawn(step: jax.Array) -> jax.Array:
-        keys = example_keys(jax.random.key(seed), step, jax.numpy.arange(batch_size))
+        keys = example_keys(seed_key(seed), step, jax.numpy.arange(batch_size))
         return jax.vmap(jax.random.bernoulli)(keys)
 
     return lambda step: np.asarray(drawn(jax.numpy.int32(step)))
@@ -60,8 +93,9 @@ def train_pytorch(
     """Train the reference in PyTorch by its protocol: BCE, Adam, every image once an epoch.
 
     Raises:
-        ConfigError: the configuration is not the reference's in more than its sizes.
+        ConfigError: the configuration departs from it in more than what is `FOLLOWED`.
     """
+    check_followed(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_pytorch_unet(config.model)
     order = Order(len(train_source), config.train.batch_size, config.train.seed)
@@ -85,7 +119,9 @@ def train_pytorch(
         bar = range(order.batches_per_epoch)
         for _ in tqdm(bar, f"PyTorch epoch {epoch + 1}", leave=False, disable=not progress):
             step = epoch * order.batches_per_epoch + len(pending)
-            images, masks = _tensors(next(batches), device, flip(step))
+            images, masks = _tensors(
+                next(batches), device, flip(step) if config.train.augment == "flip" else None
+            )
             optimizer.zero_grad()
             loss = F.binary_cross_entropy_with_logits(model(images), masks)
             loss.backward()

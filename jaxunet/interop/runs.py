@@ -51,7 +51,7 @@ def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, La
     except DataError as error:
         raise DataError(f"{weights} cannot be imported. {error}") from error
     config = replace(config, model=model)
-    recipe = make_recipe(config, total_steps=1)
+    recipe = make_recipe(config)
     train_state = jax.tree.map(np.asarray, state_from_variables(recipe, variables))
     with RunDirectory(out, config, resume=False) as run:
         checkpoints = Checkpoints(out / "checkpoints", config.train.best_metric)
