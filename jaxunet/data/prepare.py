@@ -25,9 +25,7 @@ from jaxunet.data.sources import Pair, Source, same_contents
 from jaxunet.errors import DataError
 
 
-def prepare(
-    config: DataConfig, *, progress: bool = True, recorded: str | None = None
-) -> Prepared:
+def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
     """Open the prepared dataset that `config` asks for; check the data and build it first
     if it isn't there.
 
