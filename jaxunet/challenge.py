@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image
-from tqdm import tqdm
 
+from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
 from jaxunet.data import folder, isic2018
 from jaxunet.data.images import DAMAGE, read_image
@@ -125,7 +125,7 @@ def evaluate_native(
         batch_size=batch_size,
     )
     counts = []
-    for _, result in tqdm(results, "native", len(pairs), disable=not progress):
+    for _, result in Bar("native", len(pairs), results, leave=True, show=progress):
         if isinstance(result, DataError):
             raise result
         counts.append(result)

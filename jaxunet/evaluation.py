@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from jaxunet.bars import Bar
 from jaxunet.config import Config, to_dict
 from jaxunet.data import Prepared
 from jaxunet.data.order import Order
@@ -69,11 +70,11 @@ def evaluate(
         process_count=jax.process_count(),
     )
     total = order.batches_per_epoch
-    batches = feed.batches(order, total)
     results = []
-    for batch in tqdm(batches, "evaluate", total, disable=not progress, leave=False):
-        check_stop()
-        results.append(compiled_eval(variables, feed.place(batch)))
+    with closing(feed.batches(order, total)) as batches:
+        for batch in Bar("evaluate", total, batches, show=progress):
+            check_stop()
+            results.append(compiled_eval(variables, feed.place(batch)))
     host = [feed.strategy.fetch(result) for result in results]
     counts = np.concatenate([r["counts"] for r in host])[: len(feed)].astype(np.int64)
     loss = np.concatenate([r["loss"] for r in host])[: len(feed)].astype(np.float64)

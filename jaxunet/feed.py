@@ -8,7 +8,7 @@
 The batches are the same, bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm import tqdm
 
+from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
 from jaxunet.data.order import PADDING, Order
 from jaxunet.data.pipeline import (
@@ -97,7 +97,7 @@ def gather(split: Any, batch: Any) -> Any:
     return {**lax.optimization_barrier(found), "weight": batch["weight"]}
 
 
-def _index_batches(order: Order, start: int, stop: int) -> Iterator[HostBatch]:
+def _index_batches(order: Order, start: int, stop: int) -> Generator[HostBatch, None, None]:
     for number in range(start, stop):
         index = order.local_indices(number).astype(np.int32)
         yield {"index": index, "weight": (index != PADDING).astype(np.uint8)}
@@ -120,12 +120,11 @@ def _read_all(source: Source, config: DataConfig, progress: bool) -> HostBatch:
     reader = BatchReader(source, order, config.image_size)
     with ThreadPoolExecutor(THREADS) as pool:
         parts = list(
-            tqdm(
-                pool.map(reader, range(order.batches_per_epoch)),
+            Bar(
                 "read",
                 order.batches_per_epoch,
-                disable=not progress,
-                leave=False,
+                pool.map(reader, range(order.batches_per_epoch)),
+                show=progress,
             )
         )
     return {

@@ -18,8 +18,8 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Float, UInt8
 from PIL import Image
-from tqdm import tqdm
 
+from jaxunet.bars import Bar
 from jaxunet.data.images import encode_png, read_image, resize_image
 from jaxunet.errors import DataError
 from jaxunet.figures import overlay as draw_overlay
@@ -189,7 +189,7 @@ def predict_files(
         threshold=threshold,
         batch_size=batch_size,
     )
-    for path, result in tqdm(results, "predict", len(images), disable=not progress):
+    for path, result in Bar("predict", len(images), results, leave=True, show=progress):
         if isinstance(result, DataError):
             report.failed.append((path, str(result)))
         else:

@@ -1,6 +1,8 @@
-"""SIGTERM and Ctrl-C: a run finishes its step, saves and says how to go on."""
+"""Signals that ask a run to stop: it finishes its step, saves and says how to go on."""
 
 import signal
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +19,45 @@ from jaxunet.steps import AXIS
 
 VOTES_IN_FLIGHT = 2  # counted so many later, so that no step waits for a vote
 
+STOP_SIGNALS = (
+    signal.SIGINT,  # Ctrl-C
+    signal.SIGTERM,  # from schedulers, and what `kill` sends
+    signal.SIGHUP,  # the terminal was closed
+    signal.SIGUSR1,  # Slurm's warning before the time is up (`--signal=USR1@60`)
+)
+
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that receives SIGTERM or SIGINT; a second one kills at once, as usual."""
+    """A list that receives the first of `STOP_SIGNALS`; a second one kills at once, as usual.
+
+    One that is ignored, as SIGHUP is under `nohup`, stays ignored; but for SIGINT, which
+    shells ignore in every job that they start in the background. Only the main thread can
+    take signals: in another one the list stays empty, and a line says so.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        print(
+            "training in a thread: a signal ends it without saving; --resume goes on from "
+            "the last checkpoint",
+            file=sys.stderr,
+        )
+        yield received
+        return
 
     def handle(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
 
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: handler
+        for number in STOP_SIGNALS
+        if (handler := signal.getsignal(number)) is not None  # not from Python: left alone
+        and (handler != signal.SIG_IGN or number == signal.SIGINT)
+    }
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield received
     finally:

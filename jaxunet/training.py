@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from jaxunet.bars import Bar, say
 from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, to_dict
 from jaxunet.data.order import Order
@@ -136,6 +136,7 @@ class Trainer:
                 if self.log is not None:
                     self.log.close()
         finally:
+            self.batches.close()
             self.checkpoints.close()
 
     def _restore(self) -> Any:
@@ -171,24 +172,24 @@ class Trainer:
     def _loop(self, state: Any) -> Outcome:
         self._clock = time.perf_counter()
         per_epoch = self.order.batches_per_epoch
+        # Without compilation every constant of a step is a transfer of its own.
+        guard = "allow" if jax.config.jax_disable_jit else "disallow"
         evaluation: Evaluation | None = None
         step = self.first_step
         self._losses: deque[tuple[int, Any]] = deque()
         while self.progress.evaluated_epochs < self.config.train.epochs:
             epoch = self.progress.evaluated_epochs
             last = (epoch + 1) * per_epoch - self.progress.shift
-            bar = tqdm(
-                total=per_epoch,
+            with Bar[Any](
+                f"epoch {epoch + 1}/{self.config.train.epochs}",
+                per_epoch,
                 initial=per_epoch - (last - step),
-                desc=f"epoch {epoch + 1}/{self.config.train.epochs}",
                 unit="step",
-                disable=not self.show_progress,
-                leave=False,
-            )
-            with bar:
+                show=self.show_progress,
+            ) as bar:
                 while step < last:
                     batch = next(self.batches)
-                    with jax.transfer_guard("disallow"):  # but for what is asked for
+                    with jax.transfer_guard(guard):  # but for what is asked for
                         state, metrics = self.train_step(state, self.train_feed.place(batch))
                     step += 1
                     self._losses.append((step, metrics))
@@ -225,7 +226,7 @@ class Trainer:
                 )
             self.progress.epoch_loss += values["loss"] * values["examples"]
             self.progress.epoch_examples += values["examples"]
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            bar.note(f"loss={values['loss']:.4f}")
             if step % self.config.train.log_every == 0:
                 self._write(
                     step,
@@ -303,7 +304,7 @@ class Trainer:
         self.progress.evaluated_epochs = epoch + 1
         self._save(state, per_image)
         if self.show_progress:
-            tqdm.write(
+            say(
                 f"epoch {epoch + 1}/{self.config.train.epochs}  step {step}  "
                 f"train loss {train_loss:.4f}  validation loss {evaluation.loss:.4f}  "
                 f"Dice {per_image['dice']:.4f}  IoU {per_image['iou']:.4f}  "

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
-from tqdm.auto import tqdm
 
+from jaxunet.bars import Bar
 from jaxunet.data.check import report
 from jaxunet.data.images import encode_png, resize_image, resize_mask
 from jaxunet.environment import usable_cores
@@ -173,7 +173,7 @@ def _examples(plan: Plan, title: str, progress: bool) -> Iterator[Example]:
     problems = list(plan.problems)
     total = sum(map(len, plan.items.values()))
     everything = itertools.chain.from_iterable(items.values() for items in plan.items.values())
-    with tqdm(total=total, desc=title, unit="image", disable=not progress) as bar:
+    with Bar[Any](title, total, unit="image", leave=True, show=progress) as bar:
         for result in map_in_threads(plan.make, everything):
             bar.update()
             if isinstance(result, list):

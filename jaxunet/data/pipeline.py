@@ -4,18 +4,19 @@ Both read the same files through the same `BatchReader`, so they yield the same 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Integer
 
 from jaxunet.config import DataConfig
 from jaxunet.data.images import resize_image, resize_mask
 from jaxunet.data.order import PADDING, Order
+from jaxunet.data.workers import Workers
 
 
 @runtime_checkable
@@ -86,10 +87,11 @@ class Batches(Iterator[HostBatch]):
     saved by any number of processes or workers is good for any other.
     """
 
-    def __init__(self, open_at: Callable[[int], Iterator[HostBatch]]):
+    def __init__(self, open_at: Callable[[int], Generator[HostBatch, None, None]]):
+        """Args: open_at: batches from a number on; a generator, so that it can be closed."""
         self._open_at = open_at
         self._next = 0
-        self._batches: Iterator[HostBatch] | None = None
+        self._batches: Generator[HostBatch, None, None] | None = None
 
     def __next__(self) -> HostBatch:
         if self._batches is None:
@@ -104,8 +106,14 @@ class Batches(Iterator[HostBatch]):
 
     def set_state(self, state: dict[str, int]) -> None:
         """Go to a position that `get_state` gave."""
+        self.close()
         self._next = state["next_batch"]
-        self._batches = None
+
+    def close(self) -> None:
+        """Let go of threads, processes and what they have read; the position stays."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 def make_batches(source: Source, config: DataConfig, order: Order, last_batch: int) -> Batches:
@@ -115,19 +123,23 @@ def make_batches(source: Source, config: DataConfig, order: Order, last_batch: i
     return Batches(lambda start: open_at(reader, start, last_batch, config.workers))
 
 
-def _grain(reader: BatchReader, start: int, stop: int, workers: int) -> Iterator[HostBatch]:
-    threads = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED_BATCHES)
-    batches = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(threads)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read flags that only absl.app sets
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        )
-    return iter(batches)
+def _grain(
+    reader: BatchReader, start: int, stop: int, workers: int
+) -> Generator[HostBatch, None, None]:
+    threads = grain.ReadOptions(
+        num_threads=workers or THREADS,
+        prefetch_buffer_size=max(PREFETCHED_BATCHES, 2 * workers),
+    )
+    with ExitStack() as stack:
+        read = stack.enter_context(closing(Workers(reader, workers))) if workers else reader
+        batches = iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(threads))
+        stack.callback(batches.close)  # else its threads can keep the process from ending
+        yield from batches
 
 
-def _tfdata(reader: BatchReader, start: int, stop: int, workers: int) -> Iterator[HostBatch]:
+def _tfdata(
+    reader: BatchReader, start: int, stop: int, workers: int
+) -> Generator[HostBatch, None, None]:
     from jaxunet.data.tfdata import iterate  # TensorFlow only where it is asked for
 
-    return iterate(reader, start, stop)
+    yield from iterate(reader, start, stop)

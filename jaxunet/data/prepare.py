@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from jaxunet.bars import on_terminal
 from jaxunet.config import DataConfig
 from jaxunet.data import drawing, folder, isic2018, synthetic
 from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
@@ -165,7 +166,8 @@ def _make(size: Size, binarize: bool, pair: Pair) -> Example | list[str]:
 
 def _build(builder: PairsBuilder, directory: Path, progress: bool) -> None:
     # TFDS's own bars don't know the total; its bar of a download is worth seeing.
-    (tfds.enable_progress_bar if progress else tfds.disable_progress_bar)()
+    shown = progress and on_terminal()
+    (tfds.enable_progress_bar if shown else tfds.disable_progress_bar)()
     try:
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from jaxunet.augment import example_keys, seed_key
+from jaxunet.bars import Bar
 from jaxunet.config import Config, differences
 from jaxunet.data.order import Order
 from jaxunet.data.pipeline import HostBatch, Source, make_batches
@@ -117,7 +117,7 @@ def train_pytorch(
         examples = 0
         pending: list[tuple[torch.Tensor, int]] = []
         bar = range(order.batches_per_epoch)
-        for _ in tqdm(bar, f"PyTorch epoch {epoch + 1}", leave=False, disable=not progress):
+        for _ in Bar(f"PyTorch epoch {epoch + 1}", len(bar), bar, show=progress):
             step = epoch * order.batches_per_epoch + len(pending)
             images, masks = _tensors(
                 next(batches), device, flip(step) if config.train.augment == "flip" else None
@@ -135,6 +135,7 @@ def train_pytorch(
         )
         evaluated = _evaluate(model, validation_source, config, device)
         epochs.append({"train_loss": total / examples, **evaluated})
+    batches.close()
     seconds = time.perf_counter() - start
     count = len(train_source) * config.train.epochs
     return Training(losses, epochs, seconds, count / seconds)
