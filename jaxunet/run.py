@@ -28,6 +28,10 @@ CONTINUABLE = (
     "train.epochs",
     "train.checkpoint_every",
     "data.dir",
+    "data.images",
+    "data.masks",
+    "data.mask_suffix",
+    "data.max_megapixels",
     "data.prepared_dir",
     "data.loader",
     "data.cache",
@@ -54,12 +58,20 @@ def load_config(run: Path) -> Config:
         record = json.loads(contents)
         if not isinstance(record, dict) or "config" not in record:
             raise ConfigError("There is no field 'config'.")
-        return from_dict(Config, record["config"])
+        return from_dict(Config, _with_earlier_meaning(record["config"]))
     except (ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not a run's configuration: {str(error).rstrip('.')}. Undo what was "
             f"changed in it; a copy is in progress/metadata of each {run / 'checkpoints'}/STEP."
         ) from error
+
+
+def _with_earlier_meaning(config: Any) -> Any:
+    """A recorded configuration with what it meant by fields that its version lacked."""
+    data = config.get("data") if isinstance(config, dict) else None
+    if isinstance(data, dict) and data.get("name") == "folder":
+        return {**config, "data": {"folder_split": "permutation", **data}}
+    return config
 
 
 def config_of_main(read: Callable[[], Config]) -> Config:
