@@ -4,21 +4,22 @@ The challenge scores masks at each image's own size, with lesion where above 128
 (isic-challenge-scoring 5.6.0), and means each score over images.
 """
 
-import io
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
-from PIL import Image
 
 from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
-from jaxunet.data import folder, isic2018
-from jaxunet.data.images import DAMAGE, read_image
-from jaxunet.data.sources import Pair, Source
+from jaxunet.data import isic2018
+from jaxunet.data.check import decode_mask, sizes_differ
+from jaxunet.data.images import decoded, read_image
+from jaxunet.data.locate import locate
+from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
 from jaxunet.evaluation import describe
 from jaxunet.metrics import Counts
@@ -30,6 +31,8 @@ LESION_ABOVE = 128
 def originals(config: DataConfig, split: str) -> tuple[list[Pair], dict[str, Any]]:
     """The source files of a split, sorted by id, and what describes them in a report.
 
+    Its fingerprint is the one that a dataset prepared from these files has.
+
     Raises:
         DataError: the files are not there, or images and masks don't pair up.
     """
@@ -38,11 +41,9 @@ def originals(config: DataConfig, split: str) -> tuple[list[Pair], dict[str, Any
             f"Scoring at native size needs the source files of {config.name!r}: give "
             "--data.dir the folder of an isic2018 or folder dataset."
         )
-    source: Source = (
-        isic2018.find(config.dir)
-        if config.name == "isic2018"
-        else folder.find(config.dir, config.folder_split_seed)
-    )
+    source, fingerprint = locate(config)
+    for remark in source.remarks:
+        print(remark, file=sys.stderr)
     if source.problems:
         raise DataError("\n".join(source.problems))
     if split not in source.splits:
@@ -54,7 +55,7 @@ def originals(config: DataConfig, split: str) -> tuple[list[Pair], dict[str, Any
         split=split,
         count=len(source.splits[split]),
         image_size="native",
-        fingerprint=source.fingerprint(),
+        fingerprint=fingerprint,
         counts={name: len(pairs) for name, pairs in source.splits.items()},
         official_counts=isic2018.OFFICIAL_COUNTS if config.name == "isic2018" else {},
     )
@@ -67,15 +68,10 @@ def read_truth(path: Path | str, contents: bytes | None = None) -> Bool[np.ndarr
     Raises:
         DataError: it is no readable single-channel image.
     """
-    try:
-        with Image.open(path if contents is None else io.BytesIO(contents)) as image:
-            if image.mode not in ("1", "L"):
-                raise DataError(f"{path} has mode {image.mode}, but must be greyscale.")
-            return np.asarray(image.convert("L")) > LESION_ABOVE
-    except DataError:
-        raise
-    except (Image.DecompressionBombError, *DAMAGE) as error:
-        raise DataError(f"{path} is no readable image: {error}") from error
+    with decoded(Path(path) if contents is None else contents, str(path)) as (image, label, _):
+        if image.mode not in ("1", "L"):
+            raise DataError(f"{label} has mode {image.mode}, but must be greyscale.")
+        return np.asarray(image.convert("L")) > LESION_ABOVE
 
 
 def count(
@@ -98,6 +94,9 @@ def evaluate_native(
 ) -> Counts:
     """Predict every pair at its own size, write its mask into `out`, and count its pixels.
 
+    True masks are read as `prepare` reads them. The mask of a pair is called after its id, by
+    `write_mask`; whatever else `out` holds stays there.
+
     Returns:
         [pairs, 4] in the order of `pairs`; see `jaxunet.metrics`.
 
@@ -105,20 +104,23 @@ def evaluate_native(
         DataError: a file is damaged, or an image and its mask differ in size.
     """
 
+    def read(pair: Pair) -> np.ndarray:
+        return read_image(
+            pair.image.read(), name=str(pair.image), max_megapixels=pair.max_megapixels
+        )
+
     def finish(pair: Pair, mask: np.ndarray) -> np.ndarray:
-        truth = read_truth(str(pair.mask), pair.mask.read())
-        if truth.shape != mask.shape:
-            raise DataError(
-                f"{pair.mask} is {truth.shape[1]} x {truth.shape[0]} pixels, but "
-                f"{pair.image} is {mask.shape[1]} x {mask.shape[0]}."
-            )
+        truth = decode_mask(pair)[:, :, 0]
+        size, mask_size = (mask.shape[0], mask.shape[1]), (truth.shape[0], truth.shape[1])
+        if problem := sizes_differ(pair, pair.image.read, size, mask_size):
+            raise DataError(problem)
         write_mask(out, pair.id, mask)
-        return count(mask > LESION_ABOVE, truth)
+        return count(mask > LESION_ABOVE, truth > LESION_ABOVE)
 
     results = predict_each(
         probabilities_fn,
         pairs,
-        lambda pair: read_image(pair.image.read(), name=str(pair.image)),
+        read,
         finish,
         image_size=image_size,
         threshold=threshold,

@@ -19,6 +19,10 @@ from jaxunet.errors import ConfigError
 
 T = TypeVar("T")
 
+MAX_MEGAPIXELS = 128
+"""Largest image that is decoded unless another limit is given, in millions of pixels.
+Telephones take 108, which decoded are 324 MB; the largest official ISIC 2018 image has 30."""
+
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise `ConfigError` naming the field, its value and what is allowed."""
@@ -40,7 +44,7 @@ class DataConfig:
 
     name: Literal["synthetic", "isic2018", "folder"] = "synthetic"
     """Dataset: `synthetic` (drawn from a seed), `isic2018` (the challenge's Task 1), or
-    `folder` (your own `images/` and `masks/`)."""
+    `folder` (your own images and masks)."""
     dir: Path | None = None
     """Where the source files are: for `isic2018` a folder with the official zips or what
     they unpack to (none: TFDS downloads 13 GB), for `folder` the folder itself."""
@@ -64,9 +68,26 @@ class DataConfig:
     workers: int = 0
     """Worker processes that read and decode (0: threads of the main process). Grain only."""
     binarize: bool = False
-    """Accept masks with values other than 0 and 255, as lesion where above 127."""
+    """Take masks of other values than 0 and 255, and grey ones saved in colour. One value
+    beside 0 is the lesion; several are cut at half of their type's range (127 of 8 bits)."""
+    max_megapixels: int = MAX_MEGAPIXELS
+    """Largest picture that is decoded, in millions of pixels. One of 128 takes up to 1 GB, and
+    eight are prepared at once where there are as many cores."""
+    images: str | None = None
+    """`folder`: sub-folder of the images (none: `images`, `image`, `imgs` or `img`, or side
+    by side with the masks)."""
+    masks: str | None = None
+    """`folder`: sub-folder of the masks (none: `masks`, `mask`, `labels`, `label`, `gt`,
+    `groundtruth` or `annotations`, or side by side with the images)."""
+    mask_suffix: str | None = None
+    """`folder`: what a mask's name adds to its image's (none: nothing, `_segmentation`,
+    `_mask`, `_lesion`, `_label` or `_gt`)."""
+    folder_split: Literal["hash", "permutation"] = "hash"
+    """`folder` without split sub-folders: how it is split 80/10/10. By a hash of each id, so
+    that a picture that comes or goes moves no other; or by a permutation of their number, as
+    before this option."""
     folder_split_seed: int = 0
-    """`folder` without split subfolders: seed of the 80/10/10 split."""
+    """`folder` without split sub-folders: seed of the split."""
     synthetic_train: int = 384
     """`synthetic`: number of training images."""
     synthetic_validation: int = 64
@@ -87,13 +108,16 @@ class DataConfig:
         )
         require_at_least("data.synthetic_seed", self.synthetic_seed, 0)
         require_at_least("data.folder_split_seed", self.folder_split_seed, 0)
+        require_at_least("data.max_megapixels", self.max_megapixels, 1)
+        for name in ("images", "masks", "mask_suffix"):
+            require(getattr(self, name) != "", f"data.{name}", "", "a name")
         require_at_least("data.synthetic_train", self.synthetic_train, 1)
         require_at_least("data.synthetic_validation", self.synthetic_validation, 1)
         require(
             self.name != "folder" or self.dir is not None,
             "data.dir",
             self.dir,
-            "the folder that holds images/ and masks/ when data.name is 'folder'",
+            "the folder that holds the images and masks when data.name is 'folder'",
         )
         require(
             not (self.loader == "tfdata" and self.workers),

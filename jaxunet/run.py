@@ -35,6 +35,10 @@ CONTINUABLE = (
     "optimizer.extend",  # what it changes, and whether it may, is said by `extend_schedule`
     "optimizer.extended_at",
     "data.dir",
+    "data.images",
+    "data.masks",
+    "data.mask_suffix",
+    "data.max_megapixels",
     "data.prepared_dir",
     "data.loader",
     "data.cache",
@@ -75,7 +79,7 @@ def load_config(run: Path) -> Config:
     """
     record = read_record(run)
     try:
-        return from_dict(Config, record["config"])
+        return from_dict(Config, _with_earlier_meaning(record["config"]))
     except (ValueError, OverflowError, RecursionError) as error:
         raise _not_a_configuration(run, error) from error
 
@@ -135,6 +139,14 @@ def other_data(run: Path, dataset: Mapping[str, Any], data: DataConfig) -> str |
 
 def _source(data: DataConfig) -> str:
     return data.name if data.dir is None else f"{data.name} from {data.dir}"
+
+
+def _with_earlier_meaning(config: Any) -> Any:
+    """A recorded configuration with what it meant by fields that its version lacked."""
+    data = config.get("data") if isinstance(config, dict) else None
+    if isinstance(data, dict) and data.get("name") == "folder":
+        return {**config, "data": {"folder_split": "permutation", **data}}
+    return config
 
 
 def config_of_main(read: Callable[[], Config]) -> Config:

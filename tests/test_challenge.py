@@ -1,17 +1,22 @@
 """Against the challenge's own scorer: results of it kept here, and live where it is."""
 
+import io
 import json
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxunet.challenge import count, evaluate_native, originals, score_folders
+from jaxunet.challenge import count, evaluate_native, originals, read_truth, score_folders
 from jaxunet.config import DataConfig
+from jaxunet.data import prepare
 from jaxunet.errors import DataError
 from jaxunet.metrics import per_image, scores
 from jaxunet.prediction import zip_masks
@@ -151,3 +156,79 @@ def test_native_evaluation_names_what_it_needs(tmp_path):
     config = DataConfig(name="folder", dir=tmp_path)
     with pytest.raises(DataError, match="no split 'final', but train"):
         originals(config, "final")
+
+
+def own_pairs(root: Path, *, masks: Callable[[Image.Image], Image.Image]) -> DataConfig:
+    """Six pairs to be prepared and scored, whose masks are saved by way of `masks`."""
+    for kind in ("images", "masks"):
+        (root / "own" / kind).mkdir(parents=True)
+    for number in range(6):
+        lesion = np.zeros((16, 24), np.uint8)
+        lesion[4:12, 2 + number : 10 + number] = 255
+        image = Image.fromarray(np.dstack([np.where(lesion, 250, number).astype(np.uint8)] * 3))
+        image.save(root / "own" / "images" / f"{number}.png")
+        masks(Image.fromarray(lesion)).save(root / "own" / "masks" / f"{number}.png")
+    return DataConfig(
+        name="folder",
+        dir=root / "own",
+        prepared_dir=root / "prepared",
+        image_size=16,
+        stored_size=16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("masks", "binarize"),
+    [
+        (lambda mask: mask.convert("P"), False),
+        (lambda mask: Image.fromarray(np.array(mask).astype(np.uint16)), False),
+        (lambda mask: mask.convert("1"), False),
+        (lambda mask: Image.fromarray(np.array(mask) // 255), True),
+        (lambda mask: Image.fromarray(np.array(mask).astype(np.uint16) * 257), True),
+        (lambda mask: mask.convert("RGBA"), True),
+    ],
+)
+def test_native_scoring_takes_the_masks_that_preparing_takes(tmp_path, masks, binarize):
+    config = replace(own_pairs(tmp_path, masks=masks), binarize=binarize)
+    prepared = prepare(config, progress=False)
+    pairs, dataset = originals(config, "train")
+    assert dataset["fingerprint"] == prepared.fingerprint
+    assert [pair.id for pair in pairs] == prepared.ids("train")
+    counts = evaluate_native(
+        bright, pairs, tmp_path / "out", image_size=24, threshold=0.5, batch_size=2
+    )
+    assert counts[:, [0, 2]].sum(axis=1).tolist() == [8 * 8] * len(pairs)
+    assert per_image(counts)["dice"].min() > 0.9
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"{pair.id}_segmentation.png" for pair in pairs
+    }
+
+
+def test_native_scoring_has_the_limits_of_preparing(tmp_path):
+    """An EPS, whatever it is called, would have Pillow start another program."""
+    config = own_pairs(tmp_path, masks=lambda mask: mask)
+    pairs, _ = originals(config, "train")
+    postscript = io.BytesIO()
+    Image.new("L", (24, 16)).save(postscript, "EPS")
+    settings = {"image_size": 16, "threshold": 0.5, "batch_size": 2}
+    for kind in ("images", "masks"):
+        path = config.dir / kind / f"{pairs[0].id}.png"
+        sound = path.read_bytes()
+        path.write_bytes(postscript.getvalue())
+        with (
+            mock.patch("subprocess.check_call", side_effect=AssertionError),
+            pytest.raises(DataError, match=rf"{path.name} is not an image of a kind read here"),
+        ):
+            evaluate_native(bright, pairs, tmp_path / "out", **settings)
+        with pytest.raises(DataError, match="is not an image of a kind read here"):
+            read_truth(path)
+        path.write_bytes(sound)
+    large = [replace(pair, max_megapixels=0) for pair in pairs]
+    with pytest.raises(DataError, match=r"24 x 16 = 384 pixels; the limit is 0\."):
+        evaluate_native(bright, large, tmp_path / "out", **settings)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = config.dir / "images" / f"{pairs[0].id}.png"
+    Image.open(path).save(path, exif=exif.tobytes())
+    with pytest.raises(DataError, match="is 16 x 24 once it is turned upright as its EXIF"):
+        evaluate_native(bright, pairs, tmp_path / "out", **settings)

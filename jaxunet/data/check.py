@@ -6,13 +6,19 @@ files wants one list, not forty runs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxunet.data.images import read_image, read_mask, read_reduced_image
-from jaxunet.data.sources import Pair, SourceFile
+from jaxunet.data.images import (
+    is_stored_on_its_side,
+    read_image,
+    read_mask,
+    read_reduced_image,
+)
+from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
 
 T = TypeVar("T")
@@ -30,49 +36,79 @@ class Decoded:
     """0 or 255."""
 
 
-def check_pair(
-    pair: Pair, *, binarize: bool = False, side: int | None = None
-) -> Decoded | list[str]:
+def check_pair(pair: Pair, *, side: int | None = None) -> Decoded | list[str]:
     """Decode a pair, or say everything that is wrong with it.
 
     With `side`, to which the image will be resized, a large JPEG is decoded at a fraction of
     its size; see `read_reduced_image`.
 
-    Checked: both files read (CRC, in a zip) and decode to the end, the mask has a single
-    channel with only 0 and 255 (anything, with `binarize`), and the sizes agree. An EXIF
-    orientation is applied before sizes are compared.
+    Checked: both files read (CRC, in a zip) and decode to the end, neither is larger than the
+    pair's `max_megapixels`, the mask has a single channel with only 0 and 255 (or is what
+    `read_mask` takes with the pair's `binarize`), and the sizes agree. An EXIF orientation is
+    applied before sizes are compared.
     """
     problems: list[str] = []
 
-    def attempt(decode: Callable[[SourceFile], T], file: SourceFile) -> T | None:
+    def attempt(decode: Callable[[], T]) -> T | None:
         try:
-            return decode(file)
+            return decode()
         except DataError as error:
             problems.append(str(error))
             return None
 
-    def decode_image(file: SourceFile) -> tuple[bytes, np.ndarray, tuple[int, int]]:
-        contents, name = file.read(), str(file)
+    def decode_image() -> tuple[bytes, np.ndarray, tuple[int, int]]:
+        contents, name, limit = pair.image.read(), str(pair.image), pair.max_megapixels
         if side is None:
-            image = read_image(contents, name=name)
+            image = read_image(contents, name=name, max_megapixels=limit)
             return contents, image, (image.shape[0], image.shape[1])
-        return contents, *read_reduced_image(contents, side, name=name)
+        return contents, *read_reduced_image(contents, side, name=name, max_megapixels=limit)
 
-    def decode_mask(file: SourceFile) -> np.ndarray:
-        return read_mask(file.read(), binarize=binarize, name=str(file))
-
-    decoded = attempt(decode_image, pair.image)
-    mask = attempt(decode_mask, pair.mask)
+    decoded = attempt(decode_image)
+    mask = attempt(partial(decode_mask, pair))
     if decoded is None or mask is None:
         return problems
-    contents, image, (height, width) = decoded
-    if (height, width) != mask.shape[:2]:
-        mask_height, mask_width = mask.shape[:2]
-        return [
-            f"{pair.mask} is {mask_width} x {mask_height} pixels, but its image {pair.image} "
-            f"is {width} x {height}."
-        ]
+    contents, image, size = decoded
+    if problem := sizes_differ(pair, lambda: contents, size, (mask.shape[0], mask.shape[1])):
+        return [problem]
     return Decoded(pair.id, contents, image, mask)
+
+
+def decode_mask(pair: Pair) -> UInt8[np.ndarray, "height width 1"]:
+    """The pair's mask, 0 or 255, whether to train on or to score by it."""
+    return read_mask(
+        pair.mask.read(),
+        binarize=pair.binarize,
+        name=str(pair.mask),
+        max_megapixels=pair.max_megapixels,
+    )
+
+
+def sizes_differ(
+    pair: Pair,
+    contents: Callable[[], bytes],
+    size: tuple[int, int],
+    mask_size: tuple[int, int],
+) -> str | None:
+    """What is wrong if an image and its mask differ in size, which are heights and widths.
+
+    Args:
+        contents: gives the image's file, whose EXIF was applied to `size`.
+    """
+    if size == mask_size:
+        return None
+    (height, width), (mask_height, mask_width) = size, mask_size
+    problem = (
+        f"{pair.mask} is {mask_width} x {mask_height} pixels, but its image {pair.image} is "
+        f"{width} x {height}"
+    )
+    if not is_stored_on_its_side(contents()):
+        return f"{problem}."
+    fits = "as the mask is" if (width, height) == mask_size else "and so is neither"
+    return (
+        f"{problem} once it is turned upright as its EXIF orientation says; its pixels are "
+        f"stored as {height} x {width}, {fits}. Draw the mask on the upright image, or turn "
+        "the mask, or take the orientation out of the image."
+    )
 
 
 def report(where: object, problems: list[str]) -> str:

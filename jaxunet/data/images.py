@@ -1,11 +1,14 @@
 """Image and mask files to uint8 arrays and back, with Pillow.
 
+`decoded` is the one door through which a picture of a user's is opened: it knows which kinds
+are decoded, how large a picture may be, and what is wrong with a file that is refused.
+
 Worker processes import this, so it needs NumPy and Pillow and no framework.
 """
 
 import io
-import re
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +18,35 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from jaxunet.config import MAX_MEGAPIXELS
 from jaxunet.errors import DataError
-
-MAX_PIXELS = 80_000_000
-"""Largest image that is decoded, width times height. Above it a file is refused before
-decoding: a few kilobytes of PNG can claim gigabytes of pixels. The largest official ISIC
-2018 image has 30 million pixels."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file's name says. Pillow knows more, but would hand an EPS to
 Ghostscript, a program of its own, to be run."""
+
+_UNREAD = {
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "HEIC"),
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+}
+"""By the brand in the first bytes: kinds that cameras write and that are not decoded."""
+
+ADVICE = {
+    "HEIC": "Save it as JPEG or PNG; an iPhone takes JPEGs when its camera's format is set to "
+    "'Most Compatible'.",
+}
+"""What to do with a file of a kind that is not decoded, where there is more to say than
+`SAVE_IT`."""
+SAVE_IT = "Save it as JPEG or PNG."
+
+_opening = threading.Lock()
 
 # What Pillow's decoders are known to raise on damaged input, beside OSError.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 def read_image(
-    source: bytes | Path, *, name: str | None = None
+    source: bytes | Path, *, name: str | None = None, max_megapixels: int = MAX_MEGAPIXELS
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Decode an image file to uint8 RGB, `[height, width, 3]`.
 
@@ -41,17 +56,22 @@ def read_image(
     Args:
         source: the file, or its contents.
         name: what errors call the image when `source` is bytes.
+        max_megapixels: a larger image is refused.
 
     Raises:
-        DataError: the file is not an image of one of `FORMATS`, is damaged or truncated, has
-            more than `MAX_PIXELS` pixels, or a pixel format whose range is not known.
+        DataError: the file is not an image of one of `FORMATS`, is damaged or truncated, is
+            too large, or has a pixel format whose range is not known.
     """
-    with _decoded(source, name) as (image, label, _):
+    with decoded(source, name, max_megapixels=max_megapixels) as (image, label, _):
         return _rgb(image, label)
 
 
 def read_reduced_image(
-    source: bytes | Path, side: int, *, name: str | None = None
+    source: bytes | Path,
+    side: int,
+    *,
+    name: str | None = None,
+    max_megapixels: int = MAX_MEGAPIXELS,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
     """Decode an image that will be resized to `side`, in less time where that is safe.
 
@@ -66,8 +86,20 @@ def read_reduced_image(
     Raises:
         DataError: as for `read_image`.
     """
-    with _decoded(source, name, at_least=2 * side) as (image, label, size):
+    reduced = decoded(source, name, max_megapixels=max_megapixels, at_least=2 * side)
+    with reduced as (image, label, size):
         return _rgb(image, label), size
+
+
+def lies_on_its_side(image: Image.Image) -> bool:
+    """Whether EXIF says to turn the image by a quarter, so that its sides change places."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+
+
+def is_stored_on_its_side(contents: bytes) -> bool:
+    """`lies_on_its_side` for a file that could be decoded before."""
+    with _open(contents) as image:
+        return lies_on_its_side(image)
 
 
 def _rgb(image: Image.Image, label: str) -> np.ndarray:
@@ -83,55 +115,55 @@ def _rgb(image: Image.Image, label: str) -> np.ndarray:
 
 
 def read_mask(
-    source: bytes | Path, *, binarize: bool = False, name: str | None = None
+    source: bytes | Path,
+    *,
+    binarize: bool = False,
+    name: str | None = None,
+    max_megapixels: int = MAX_MEGAPIXELS,
 ) -> UInt8[np.ndarray, "height width 1"]:
     """Decode a mask file to uint8, `[height, width, 1]`, lesion 255 and background 0.
 
-    In a 16-bit file, too, the values 0 and 255 alone mean background and lesion.
+    A mask has one channel of 8 or 16 bits (or a palette of greys) that holds 0 and 255 alone.
+    With `binarize` it may be saved in colour too, if all channels are equal and nothing is
+    transparent, and may hold any values:
+
+    - one value beside 0: it is the lesion, whatever it is;
+    - several: they are greys, of a soft mask or a compressed one, and cut at half of the
+      range of their type. Lesion is above 127 of 8 bits and above 32,767 of 16 bits.
 
     Args:
         source: the file, or its contents.
-        binarize: accept any 8- or 16-bit values, as lesion where above 127 of 255.
+        binarize: take such masks.
         name: what errors call the mask when `source` is bytes.
+        max_megapixels: a larger mask is refused.
 
     Raises:
-        DataError: the file is no readable image (as for `read_image`), has more than one
-            channel, or values other than 0 and 255, which are named; with `binarize`, its
-            only value beside 0 is not above 127, so that all of it would be background.
+        DataError: the file is no readable image (as for `read_image`), is none of these
+            masks, or holds several values below 16, which are numbers of classes and not
+            greys. The message says so where `binarize` would take it.
     """
-    with _decoded(source, name) as (image, label, _):
-        if image.mode == "P":
-            image = _grey_palette(image, label)
-        if image.mode == "1":
-            image = image.convert("L")
-        if image.mode != "L" and not image.mode.startswith("I;16"):
-            channels = len(image.getbands())
-            raise DataError(
-                f"{label} has pixels of type {image.mode!r} ({channels} "
-                f"channel{'s' * (channels > 1)}), but a mask is a single channel of 8 bits. "
-                "Save it as greyscale."
-            )
+    with decoded(source, name, max_megapixels=max_megapixels) as (image, label, _):
+        image = _one_channel(image, label, binarize)
         values = _values(image)
-        pixels = np.array(image)
+        pixels = np.array(image)[:, :, np.newaxis]
         if set(values) <= {0, 255}:
-            return pixels.astype(np.uint8)[:, :, np.newaxis]
+            return pixels.astype(np.uint8)
         found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
-        if image.mode != "L":
-            pixels = _eight_bits(image)
-        # One value beside 0 is a label, such as 1; several are the grey of a soft or
-        # compressed mask, which may well hold no lesion.
-        if pixels.max() <= 127 and len(set(values) - {0}) == 1:
+        wrong = f"{label} holds the values {found}, but a mask holds only 0 and 255."
+        beside_zero = [value for value in values if value]
+        half = 127 if image.mode == "L" else 32_767
+        if len(beside_zero) == 1:
+            rule, lesion_above = f"{beside_zero[0]} as lesion", 0
+        elif beside_zero[-1] < 16:
             raise DataError(
-                f"{label} holds the values {found}, but a mask holds only 0 and 255. None is "
-                "above 127, so --data.binarize would leave no lesion: save it with 255 where "
-                "the lesion is."
+                f"{wrong} These are the numbers of several classes, and which of them is the "
+                "lesion cannot be told: save it with 255 where the lesion is."
             )
+        else:
+            rule, lesion_above = f"values above {half:,} as lesion", half
         if not binarize:
-            raise DataError(
-                f"{label} holds the values {found}, but a mask holds only 0 and 255. "
-                "Pass --data.binarize to take values above 127 as lesion."
-            )
-        return np.where(pixels > 127, 255, 0).astype(np.uint8)[:, :, np.newaxis]
+            raise DataError(f"{wrong} Pass --data.binarize to take {rule}.")
+        return np.where(pixels > lesion_above, 255, 0).astype(np.uint8)
 
 
 def resize_image(
@@ -161,53 +193,114 @@ def encode_png(array: UInt8[np.ndarray, "..."]) -> bytes:
 
 
 @contextmanager
-def _decoded(
-    source: bytes | Path, name: str | None, *, at_least: int | None = None
+def decoded(
+    source: bytes | Path,
+    name: str | None = None,
+    *,
+    max_megapixels: int = MAX_MEGAPIXELS,
+    at_least: int | None = None,
 ) -> Iterator[tuple[Image.Image, str, tuple[int, int]]]:
-    """The decoded, upright image with its name and its own size, errors as `DataError`.
+    """The decoded, upright image with its name and its own height and width.
 
     With `at_least` a JPEG may be decoded smaller, but no smaller than that.
+
+    Raises:
+        DataError: as for `read_image`.
     """
     label = name or (str(source) if isinstance(source, Path) else "The image")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=FORMATS) as image:
+        with _open(source) as image:
             pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
+            if pixels > max_megapixels * 1_000_000:
                 raise DataError(
                     f"{label} is {image.width} x {image.height} = {pixels:,} pixels; the "
-                    f"limit is {MAX_PIXELS:,}."
+                    f"limit is {max_megapixels * 1_000_000:,}. Save it smaller, or raise "
+                    "--data.max-megapixels if that much memory is there for it."
                 )
             if image.format == "PNG":
-                _check_sums(source)
+                # Decoding does not check a PNG's CRCs: damage would become other pixels.
+                with _open(source) as again:
+                    again.verify()
             height, width = image.height, image.width
             if at_least is not None:
                 image.draft(image.mode, (at_least, at_least))  # JPEG only; others ignore it
             image.load()
-            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            size = (width, height) if lies_on_its_side(image) else (height, width)
             ImageOps.exif_transpose(image, in_place=True)
-            yield image, label, (width, height) if lies_on_its_side else (height, width)
+            yield image, label, size
     except DataError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # Pillow's own limit strikes while opening, before the size can be asked for.
-        [size] = re.findall(r"\((\d+) pixels\)", str(error))
-        raise DataError(
-            f"{label} has {int(size):,} pixels; the limit is {MAX_PIXELS:,}."
-        ) from error
     except FileNotFoundError as error:
         raise DataError(f"{label} does not exist.") from error
     except Image.UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise DataError(f"{label} is not an image of a kind read here: {known}.") from error
-    except DAMAGE as error:
+        raise DataError(f"{label} {_unknown(source)}") from error
+    except (Image.DecompressionBombError, *DAMAGE) as error:
         raise DataError(f"{label} cannot be decoded: {error}.") from error
 
 
-def _check_sums(source: bytes | Path) -> None:
-    """Check a PNG's CRCs, which decoding it does not do: damage would become other pixels."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        image.verify()
+def _open(source: bytes | Path) -> Image.Image:
+    """`Image.open` for the kinds that are decoded here, without its own limit of pixels.
+
+    That is one number for the whole program and cannot be passed; it warns from 89 megapixels
+    on and refuses from 179. The caller asks for the size, and has a limit to be set.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _unknown(source: bytes | Path) -> str:
+    """What a file is that is not decoded, and what to do with it."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            start = file.read(12)
+    else:
+        start = source[:12]
+    kind = _UNREAD.get(start[8:12]) if start[4:8] == b"ftyp" else None
+    if kind is None:
+        return f"is not an image of a kind read here: {', '.join(FORMATS)}."
+    return f"is {kind}, which is not read here. {ADVICE.get(kind, SAVE_IT)}"
+
+
+def _one_channel(image: Image.Image, label: str, binarize: bool) -> Image.Image:
+    """A mask as greyscale of 8 or 16 bits.
+
+    Raises:
+        DataError: it has colours, or is saved in colour and `binarize` is not set.
+    """
+    if image.mode == "L" or image.mode.startswith("I;16"):
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    wrong = f"{label} has pixels of type {image.mode!r}"
+    if image.mode not in ("P", "PA", "LA", "RGB", "RGBA"):
+        raise DataError(
+            f"{wrong}, but a mask is a single channel of 8 bits. Save it as greyscale."
+        )
+    *colours, alpha = image.convert("RGBA").split()
+    if image.mode == "P":
+        wrong = f"{label} has a palette"
+    elif image.mode in ("PA", "LA", "RGBA") and alpha.getextrema() != (255, 255):
+        raise DataError(
+            f"{wrong} and is transparent in parts, so that what is lesion cannot be told. Save "
+            "it as greyscale, without transparency."
+        )
+    first = colours[0].tobytes()
+    if any(colour.tobytes() != first for colour in colours[1:]):
+        raise DataError(
+            f"{wrong} and colours that differ, but a mask is a single channel with only 0 and "
+            "255. Save it as greyscale."
+        )
+    if image.mode != "P" and not binarize:
+        raise DataError(
+            f"{wrong} ({len(image.getbands())} channels), but a mask is a single channel of 8 "
+            "bits. Its channels are equal: pass --data.binarize to take it."
+        )
+    return colours[0]
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
@@ -222,14 +315,3 @@ def _values(image: Image.Image) -> list[int]:
         # A histogram is linear in the pixels; np.unique would sort millions of them.
         return [value for value, count in enumerate(image.histogram()) if count]
     return [int(value) for value in np.unique(np.array(image))]
-
-
-def _grey_palette(image: Image.Image, label: str) -> Image.Image:
-    """A palette image as greyscale, if all colours it uses are grey."""
-    red, green, blue = image.convert("RGB").split()
-    if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
-        raise DataError(
-            f"{label} has a palette of colours, but a mask is a single channel with only "
-            "0 and 255. Save it as greyscale."
-        )
-    return red

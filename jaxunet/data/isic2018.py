@@ -1,5 +1,6 @@
 """ISIC 2018 Task 1, from the official zips, what they unpack to, or a download."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -7,7 +8,8 @@ from tensorflow_datasets.core.download.checksums import load_url_infos
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from jaxunet.data.builder import PairsBuilder
-from jaxunet.data.sources import Source, find_pairs
+from jaxunet.data.listing import UNFINISHED
+from jaxunet.data.sources import Source, SourceGone
 from jaxunet.errors import DataError
 
 URL = "https://isic-challenge-data.s3.amazonaws.com/2018/"
@@ -41,22 +43,23 @@ def find(folder: Path) -> Source:
     """The splits of which both archives are in `folder`, zipped or unpacked.
 
     Raises:
-        DataError: no split has both.
+        SourceGone: the folder is not there, or holds nothing of the challenge.
+        DataError: no split has both archives.
     """
     if not folder.is_dir():
-        raise DataError(f"data.dir is {folder}, which is not a folder.")
-    places = {
-        split: (archive(folder, images), archive(folder, masks))
-        for split, (images, masks) in NAMES.items()
-    }
-    return collect(
-        {
-            split: (images, masks)
-            for split, (images, masks) in places.items()
-            if images is not None and masks is not None
-        },
-        folder,
-    )
+        raise SourceGone(f"data.dir is {folder}, which is not a folder.")
+    places, halves = {}, []
+    for split, names in NAMES.items():
+        images, masks = (archive(folder, name) for name in names)
+        if images is not None and masks is not None:
+            places[split] = (images, masks)
+        elif half := _half(folder, split, images or masks):
+            halves.append(half)
+    if not places and not halves:
+        raise SourceGone(_none_complete(folder))
+    source = collect(places, folder, halves)
+    source.notes += halves
+    return source
 
 
 def archive(folder: Path, name: str) -> Path | None:
@@ -67,16 +70,42 @@ def archive(folder: Path, name: str) -> Path | None:
     return None
 
 
-def collect(places: dict[str, tuple[Path, Path]], folder: object) -> Source:
-    """The pairs of each split, given where its images and its masks are."""
+def _half(folder: Path, split: str, whole: Path | None) -> str | None:
+    """A line about a split of which only a part is there, or None if nothing of it is."""
+    parts = [] if whole is None else [f"{whole.name} without its counterpart"]
+    for name in NAMES[split]:
+        for path in sorted(folder.glob(f"{name}?*")):
+            if path != whole and path.suffix.lower() in UNFINISHED:
+                parts.append(f"{path.name}, a download that has not ended")
+            elif path != whole:
+                parts.append(f"{path.name}, which must be called {name}.zip")
+    if not parts:
+        return None
+    return (
+        f"The split {split} is left out, for {folder} holds {' and '.join(parts)}. It needs "
+        f"{required_files(split)}."
+    )
+
+
+def _none_complete(folder: object) -> str:
+    needed = "; or ".join(required_files(split) for split in NAMES)
+    return f"No split of isic2018 is complete in {folder}. It needs {needed}."
+
+
+def collect(
+    places: dict[str, tuple[Path, Path]], folder: object, halves: Sequence[str] = ()
+) -> Source:
+    """The pairs of each split, given where its images and its masks are.
+
+    Raises:
+        DataError: no split is given; `halves` says what else was found.
+    """
     if not places:
-        needed = "; or ".join(required_files(split) for split in NAMES)
-        raise DataError(f"No split of isic2018 is complete in {folder}. It needs {needed}.")
+        raise DataError("\n".join([_none_complete(folder), *halves]))
     source = Source({})
     seen: dict[str, str] = {}
     for split, (images, masks) in places.items():
-        source.splits[split], problems = find_pairs(images, masks)
-        source.problems += problems
+        source.add(split, images, masks)
         for pair in source.splits[split]:
             if pair.id in seen:
                 source.problems.append(

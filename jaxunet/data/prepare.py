@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,15 @@ from jaxunet.config import DataConfig
 from jaxunet.data import drawing, folder, isic2018, synthetic
 from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
 from jaxunet.data.check import check_pair
+from jaxunet.data.locate import locate
 from jaxunet.data.prepared import Prepared, Size, check_complete
-from jaxunet.data.sources import Pair, Source, same_contents
+from jaxunet.data.sources import Pair, Source, SourceGone, same_contents
 from jaxunet.errors import DataError
 
 
-def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
+def prepare(
+    config: DataConfig, *, progress: bool = True, recorded: str | None = None
+) -> Prepared:
     """Open the prepared dataset that `config` asks for; check the data and build it first
     if it isn't there.
 
@@ -35,15 +39,14 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
 
     Args:
         config: which dataset, where from, at which size, prepared where.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, and a line for what lies beside the data.
+        recorded: fingerprint of the dataset that a run was trained on. Where the source is
+            gone and that dataset is still there, it is opened.
 
     Raises:
         DataError: the source is missing, or has problems, which are all listed.
     """
-    try:
-        recipe = _recipe(config)
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    recipe = _recipe(config, recorded, progress)
     make_builder = partial(
         recipe.builder,
         data_dir=config.prepared_dir and config.prepared_dir.expanduser(),
@@ -57,6 +60,11 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
     with _quiet():
         builder = make_builder()
         directory = Path(builder.data_path)
+        if recipe.gone and not directory.exists():
+            raise DataError(
+                f"{recipe.gone} Nor is there what was prepared from it for the run: "
+                f"{directory}. Give --data.dir where the source is now."
+            )
         if not directory.exists():
             with _locked(directory.parent) as alone:
                 if alone:
@@ -67,6 +75,11 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
                     _build(builder, directory, progress)
             builder = make_builder()
     check_complete(directory)
+    if recipe.gone and progress:
+        print(
+            f"{recipe.gone} Going on with what was prepared from it: {directory}",
+            file=sys.stderr,
+        )
     return Prepared(
         name=config.name,
         directory=directory,
@@ -75,6 +88,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
         counts={name: split.num_examples for name, split in builder.info.splits.items()},
         official_counts=dict(recipe.official_counts),
         needs=recipe.needs,
+        max_megapixels=config.max_megapixels,
     )
 
 
@@ -88,9 +102,11 @@ class _Recipe:
     plan: Callable[[tfds.download.DownloadManager], Plan]
     needs: dict[str, str]
     official_counts: dict[str, int | None]
+    gone: str = ""
+    """Why the dataset cannot be built, but only opened."""
 
 
-def _recipe(config: DataConfig) -> _Recipe:
+def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _Recipe:
     splits = ("train", "validation", "test")
     size = config.resolved_stored_size
     if config.name == "synthetic":
@@ -118,25 +134,36 @@ def _recipe(config: DataConfig) -> _Recipe:
                 isic2018.Isic2018,
                 size,
                 _digest(sorted(map(repr, isic2018.Isic2018.url_infos.items()))),
-                lambda manager: _plan(isic2018.download(manager), config, "the download"),
+                lambda manager: _plan(
+                    isic2018.download(manager).read_as(config), config, "the download"
+                ),
                 needs,
                 official,
             )
-        source = isic2018.find(config.dir.expanduser())
         builder: type[PairsBuilder] = isic2018.Isic2018
     else:
-        assert config.dir is not None
         needs = {split: folder.required_files(split) for split in splits}
         official = dict.fromkeys(splits)
-        source = folder.find(config.dir.expanduser(), config.folder_split_seed)
         builder = folder.Folder
+    try:
+        source, fingerprint = locate(config)
+    except SourceGone as error:
+        if recorded is None:
+            raise
+        source, fingerprint, gone = Source({}), recorded, str(error)
+    else:
+        gone = ""
+    if progress:
+        for remark in source.remarks:
+            print(remark, file=sys.stderr)
     return _Recipe(
         builder,
         size,
-        source.fingerprint(config.binarize),
+        fingerprint,
         lambda manager: _plan(source, config, config.dir),
         needs,
         official,
+        gone,
     )
 
 
@@ -149,16 +176,15 @@ def _plan(source: Source, config: DataConfig, where: object) -> Plan:
     copies = same_contents(everything) if config.name == "folder" else []
     return Plan(
         items=items,
-        make=partial(_make, size, config.binarize),
+        make=partial(_make, size),
         where=where,
         problems=source.problems + copies,
         bytes_per_example=max(1, mean_bytes) if size == "native" else 4 * size * size,
     )
 
 
-def _make(size: Size, binarize: bool, pair: Pair) -> Example | list[str]:
-    side = size if isinstance(size, int) else None
-    checked = check_pair(pair, binarize=binarize, side=side)
+def _make(size: Size, pair: Pair) -> Example | list[str]:
+    checked = check_pair(pair, side=size if isinstance(size, int) else None)
     if isinstance(checked, list):
         return checked
     return store(checked.id, checked.image_file, checked.image, checked.mask, size)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -10,7 +11,8 @@ from typing import Any, Literal
 
 import tensorflow_datasets as tfds
 
-from jaxunet.data.builder import IDS_FILE, reading
+from jaxunet.config import MAX_MEGAPIXELS
+from jaxunet.data.builder import IDS_FILE, features, reading
 from jaxunet.data.records import Records
 from jaxunet.errors import DataError
 
@@ -32,6 +34,8 @@ class Prepared:
     """What the challenge has, for the splits that it has; None where that means nothing."""
     needs: dict[str, str]
     """For each split that this dataset can have, the files that it is made from."""
+    max_megapixels: int = MAX_MEGAPIXELS
+    """Largest image that is decoded."""
 
     def source(self, split: str) -> Records:
         """Random access to a split or a TFDS slice of one, such as `train[:90%]`.
@@ -43,7 +47,7 @@ class Prepared:
         """
         files = self._split(split).file_instructions
         name = f"{self.name}/{self.stored_size}-{self.fingerprint}/{split}"
-        return Records(name, files, self.stored_size)
+        return Records(name, files, self.stored_size, self.max_megapixels)
 
     def count(self, split: str) -> int:
         """Number of examples of a split or slice."""
@@ -119,7 +123,32 @@ def check_complete(directory: Path) -> None:
 
 def _read_info(directory: Path) -> tfds.core.DatasetInfo:
     with reading(directory):
+        _check_class_names(directory / "features.json")
         return tfds.builder_from_directory(directory).info
+
+
+def _check_class_names(path: Path) -> None:
+    """Raise `ValueError` if the file names anything that is none of our features' classes.
+
+    TFDS imports the module of whatever class is named there.
+    """
+    known = {
+        f"{kind.__module__}.{kind.__qualname__}"
+        for kind in (type(features(1)), *(type(each) for each in features(1).values()))
+    }
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            value = list(value.values())
+        for each in value if isinstance(value, list) else []:
+            yield from strings(each)
+        if isinstance(value, str):
+            yield value
+
+    for found in strings(json.loads(path.read_text(encoding="utf-8"))):
+        # A name without a dot is no name of a class.
+        if "." in found and found not in known:
+            raise ValueError(f"{path.name} names {found!r}, which is not imported")
 
 
 def _base_names(split: str) -> list[str]:

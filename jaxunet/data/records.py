@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxtyping import UInt8
 
+from jaxunet.config import MAX_MEGAPIXELS
 from jaxunet.data.builder import features, reading
 from jaxunet.data.images import read_image, read_mask
 
@@ -28,7 +29,11 @@ class Records:
     """A sequence of examples, decoded when asked for. It can be pickled and shared."""
 
     def __init__(
-        self, name: str, files: Sequence[Any], stored_size: int | Literal["native"]
+        self,
+        name: str,
+        files: Sequence[Any],
+        stored_size: int | Literal["native"],
+        max_megapixels: int = MAX_MEGAPIXELS,
     ) -> None:
         """Open the records.
 
@@ -37,8 +42,10 @@ class Records:
                 which Grain recognises a data source when an iterator is restored.
             files: TFDS file instructions (file name, records to skip and to take).
             stored_size: of the images, in pixels.
+            max_megapixels: an example with a larger image is refused.
         """
         self.name = name
+        self.max_megapixels = max_megapixels
         self.stored_size = stored_size
         self._directory = Path(files[0].filename).parent
         self._records = ArrayRecordDataSource(files)
@@ -60,8 +67,12 @@ class Records:
             key = stored["id"].decode()
             return {
                 "id": key,
-                "image": read_image(stored["image"], name=f"image {key}"),
-                "mask": read_mask(stored["mask"], name=f"mask {key}"),
+                "image": read_image(
+                    stored["image"], name=f"image {key}", max_megapixels=self.max_megapixels
+                ),
+                "mask": read_mask(
+                    stored["mask"], name=f"mask {key}", max_megapixels=self.max_megapixels
+                ),
             }
 
     def __iter__(self) -> Iterator[Example]:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import json
@@ -40,8 +41,10 @@ def test_unpacked_folders_give_the_same_examples_as_zips(
     assert isic.dir is not None
     for path in isic.dir.glob("*.zip"):
         zipfile.ZipFile(path).extractall(unpacked)
-    from_zips, from_folders = quiet(isic), quiet(isic, dir=unpacked)
+    from_zips = quiet(isic)
+    from_folders = quiet(isic, dir=unpacked, prepared_dir=tmp_path / "other")
     assert from_folders.counts == from_zips.counts
+    assert from_folders.fingerprint == from_zips.fingerprint
     for split in ("train", "validation"):
         for a, b in zip(from_zips.source(split), from_folders.source(split), strict=True):
             assert a["id"] == b["id"]
@@ -90,7 +93,7 @@ def test_slices_follow_tfds(own: DataConfig) -> None:
 
 
 def test_a_source_can_be_pickled_and_ends(own: DataConfig) -> None:
-    source = quiet(own).source("validation")
+    source = quiet(own).source("test")
     copy = pickle.loads(pickle.dumps(source))
     assert repr(copy) == repr(source)
     assert np.array_equal(copy[1]["image"], source[1]["image"])
@@ -99,9 +102,15 @@ def test_a_source_can_be_pickled_and_ends(own: DataConfig) -> None:
         source[len(source)]
 
 
-def test_a_folder_is_split_by_seed_and_the_ids_are_written_down(own: DataConfig) -> None:
+@pytest.mark.parametrize(
+    ("split", "counts"), [("hash", (16, 1, 3)), ("permutation", (16, 2, 2))]
+)
+def test_a_folder_is_split_by_seed_and_the_ids_are_written_down(
+    own: DataConfig, split: str, counts: tuple[int, int, int]
+) -> None:
+    own = dataclasses.replace(own, folder_split=split)
     prepared = quiet(own)
-    assert prepared.counts == {"train": 16, "validation": 2, "test": 2}
+    assert tuple(prepared.counts.values()) == counts
     assert prepared.official_count("train") is None
     written = json.loads((prepared.directory / "split_ids.json").read_text())
     for split, ids in written.items():
@@ -133,11 +142,20 @@ def test_a_folder_with_split_folders_keeps_them(own: DataConfig, tmp_path: Path)
 
 def test_binarize_accepts_other_mask_values(own: DataConfig) -> None:
     assert own.dir is not None
-    write_files(own.dir / "masks", {"case00_mask.png": encoded(half_mask() // 255 * 200)})
-    with pytest.raises(DataError, match="holds the values 0, 200"):
+    strict = quiet(own)
+    for number, kind in enumerate(["1", "L", "RGB", "RGBA"]):
+        mask = Image.fromarray(half_mask() if kind in ("1", "RGBA") else half_mask() // 255)
+        write_files(
+            own.dir / "masks",
+            {f"case{number:02d}_mask.png": encoded(np.array(mask.convert(kind)))},
+        )
+    with pytest.raises(DataError, match="3 problems found"):
         quiet(own)
     prepared = quiet(own, binarize=True)
-    assert all(set(np.unique(e["mask"])) == {0, 255} for e in prepared.source("train"))
+    assert prepared.ids("train") == strict.ids("train")
+    for split in prepared.counts:
+        for found, expected in zip(prepared.source(split), strict.source(split), strict=True):
+            assert np.array_equal(found["mask"], expected["mask"])
 
 
 def test_many_shards_keep_the_order(own: DataConfig) -> None:

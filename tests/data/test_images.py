@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxunet.config import MAX_MEGAPIXELS
 from jaxunet.data.images import (
-    MAX_PIXELS,
     encode_png,
     read_image,
     read_mask,
@@ -77,10 +77,37 @@ def test_reads_from_a_path(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(DataError, match=f"has 400,000,000 pixels; the limit is {MAX_PIXELS:,}"):
+    limit = f"the limit is {MAX_MEGAPIXELS},000,000. Save it smaller, or raise --data.max-meg"
+    with pytest.raises(DataError, match=f"20000 x 20000 = 400,000,000 pixels; {limit}"):
         read_image(header_only_png(20_000, 20_000))
-    with pytest.raises(DataError, match=r"9000 x 9000 = 81,000,000"):
-        read_image(header_only_png(9000, 9000))
+    with pytest.raises(DataError, match=r"= 1,000,000 pixels; the limit is 0"):
+        read_mask(header_only_png(1000, 1000), max_megapixels=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_telephones_take_is_within_the_limit_and_the_limit_can_be_raised() -> None:
+    # Without pixels they can only fail in decoding, so the limit let them pass; Pillow, which
+    # would warn from 89 megapixels on and refuse from 179, did so too, and has its own again.
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_image(header_only_png(12_032, 9024))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_image(header_only_png(16_320, 12_240), max_megapixels=200)
+    assert before is not None
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("brand", "kind"), [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"avif", "AVIF")]
+)
+def test_a_telephones_kind_of_file_is_named_whatever_it_is_called(
+    tmp_path: Path, brand: bytes, kind: str
+) -> None:
+    contents = b"\0\0\0\x18ftyp" + brand + bytes(100)
+    (tmp_path / "a.jpg").write_bytes(contents)
+    for source in (contents, tmp_path / "a.jpg"):
+        with pytest.raises(DataError, match=f"is {kind}, which is not read here. Save it as"):
+            read_image(source)
 
 
 def test_the_largest_official_size_is_within_the_limit() -> None:
@@ -114,19 +141,72 @@ def test_mask_keeps_its_values_and_gains_a_channel() -> None:
     assert np.array_equal(read_mask(saved(palette)), mask[:, :, None])
 
 
-def test_other_mask_values_are_named_or_binarized_above_127() -> None:
-    contents = saved(Image.fromarray(np.array([[0, 127, 128, 200]], np.uint8)))
-    with pytest.raises(DataError, match="holds the values 0, 127, 128, 200,"):
+VALUES = np.array([[0, 0, 1, 1], [0, 0, 0, 1]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "rule"),
+    [
+        (VALUES, "1 as lesion"),
+        (VALUES * 100, "100 as lesion"),
+        (VALUES * np.uint16(257), "257 as lesion"),
+        (VALUES * np.uint16(65_535), "65535 as lesion"),
+        (np.array([[0, 127, 128, 255], [30, 0, 16, 200]], np.uint8), "values above 127 as"),
+        (
+            np.array([[0, 32_767, 32_768, 65_535], [30, 0, 255, 40_000]], np.uint16),
+            "values above 32,767 as lesion",
+        ),
+    ],
+)
+def test_other_values_are_refused_or_with_binarize_taken_as_the_message_says(
+    mask: np.ndarray, rule: str
+) -> None:
+    contents = saved(Image.fromarray(mask))
+    with pytest.raises(
+        DataError, match=rf"holds the values 0, .*--data\.binarize to take {rule}"
+    ):
         read_mask(contents)
-    assert read_mask(contents, binarize=True)[0, :, 0].tolist() == [0, 0, 255, 255]
+    found = read_mask(contents, binarize=True)
+    assert (found.dtype, found.shape) == (np.uint8, (2, 4, 1))
+    assert np.array_equal(found[:, :, 0], VALUES * 255)
 
 
-def test_a_mask_with_colours_is_refused() -> None:
-    with pytest.raises(DataError, match=r"'RGB' \(3 channels\)"):
-        read_mask(saved(Image.fromarray(RED_OVER_BLUE)), binarize=True)
-    palette = Image.fromarray(RED_OVER_BLUE).convert("P")
-    with pytest.raises(DataError, match="palette of colours"):
-        read_mask(saved(palette))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_grey_saved_in_colour_is_refused_or_with_binarize_taken(mode: str) -> None:
+    grey = Image.fromarray(VALUES * np.uint8(255))
+    contents = saved(grey.convert(mode))
+    with pytest.raises(DataError, match=rf"'{mode}' \(\d channels\).*pass --data\.binarize"):
+        read_mask(contents)
+    assert np.array_equal(read_mask(contents, binarize=True)[:, :, 0], VALUES * 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("quality", [30, 95])
+def test_a_jpeg_mask_is_cut_where_it_was_sharp(mode: str, quality: int) -> None:
+    sharp = np.kron(VALUES, np.full((16, 16), 255, np.uint8))
+    contents = saved(Image.fromarray(sharp).convert(mode), "JPEG", quality=quality)
+    assert np.array_equal(read_mask(contents, binarize=True)[:, :, 0], sharp)
+    # No lesion stays none: JPEG keeps an even picture as it is.
+    empty = saved(Image.fromarray(0 * sharp).convert(mode), "JPEG", quality=quality)
+    assert not read_mask(empty, binarize=True).any()
+
+
+@pytest.mark.parametrize("binarize", [False, True])
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (Image.fromarray(RED_OVER_BLUE), "'RGB' and colours that differ"),
+        (Image.fromarray(RED_OVER_BLUE).convert("P"), "a palette and colours that differ"),
+        (Image.new("RGBA", (2, 2), (255, 255, 255, 128)), "is transparent in parts"),
+        (Image.new("CMYK", (2, 2)), "'CMYK', but a mask is a single channel"),
+        (Image.fromarray(np.array([[0, 1, 2]], np.uint8)), "0, 1, 2, .*of several classes"),
+    ],
+)
+def test_masks_that_nothing_says_how_to_read_stay_refused(
+    image: Image.Image, reason: str, binarize: bool
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        read_mask(saved(image, "TIFF"), binarize=binarize)
 
 
 def test_resizing_an_image_averages_what_it_covers() -> None:

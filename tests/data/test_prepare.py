@@ -1,9 +1,14 @@
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_data import (
     datasets,
     encoded,
@@ -16,6 +21,7 @@ from small_data import (
 )
 
 from jaxunet.config import DataConfig
+from jaxunet.data import prepare
 from jaxunet.errors import DataError
 
 
@@ -24,7 +30,7 @@ def test_all_problems_are_listed_together_and_nothing_is_left(isic: DataConfig) 
     images, masks = isic_files([3, 7, 12])
     images["ISIC_0000003.jpg"] = images["ISIC_0000003.jpg"][:300]
     masks["ISIC_0000007_segmentation.png"] = encoded(half_mask() // 2)
-    images["stray.docx"] = b""
+    images["stray.heic"] = b""
     write_zip(isic.dir / "ISIC2018_Task1-2_Training_Input.zip", images)
     write_zip(isic.dir / "ISIC2018_Task1_Training_GroundTruth.zip", masks)
     images, masks = isic_files([20, 21])
@@ -37,7 +43,7 @@ def test_all_problems_are_listed_together_and_nothing_is_left(isic: DataConfig) 
     heading, *lines = str(error.value).splitlines()
     assert heading.startswith("5 problems found")
     for name, reason in {
-        "stray.docx": "is not an image",
+        "stray.heic": "is HEIC, which is not read",
         "ISIC_0000020.jpg": "has no mask",
         "ISIC_0000003.jpg": "cannot be decoded",
         "ISIC_0000007_segmentation.png": "holds the values 0, 127",
@@ -79,6 +85,93 @@ def test_changed_source_data_are_prepared_anew(own: DataConfig) -> None:
     second = quiet(own)
     assert second.fingerprint != first.fingerprint
     assert len(datasets(own)) == 2
+
+
+def test_pictures_edited_in_place_are_prepared_anew(own: DataConfig) -> None:
+    """Of a format without compression, so that sizes stay; and with the time put back."""
+    assert own.dir is not None
+    for path in (own.dir / "images").iterdir():
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    first = quiet(own)
+    for path in (own.dir / "images").iterdir():
+        before = path.stat()
+        Image.fromarray(255 - np.array(Image.open(path))).save(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
+    second = quiet(own)
+    for old, new in zip(first.source("train"), second.source("train"), strict=True):
+        # Resized and rounded, each for itself.
+        assert np.abs(old["image"] + new["image"].astype(int) - 255).max() <= 1
+
+
+def test_a_recorded_dataset_is_opened_where_its_source_is_gone(
+    own: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert own.dir is not None
+    first = quiet(own)
+    own.dir.rename(own.dir.with_name("moved"))
+    with pytest.raises(DataError, match="own, which is not a folder"):
+        quiet(own)
+    with pytest.raises(DataError, match=r"Nor is there what was prepared .*0123456789ab"):
+        prepare(own, recorded="0123456789ab")
+    assert prepare(own, recorded=first.fingerprint) == first
+    assert "own, which is not a folder. Going on with" in capsys.readouterr().err
+    own.dir.mkdir()
+    assert prepare(own, progress=False, recorded=first.fingerprint) == first
+
+
+def test_a_recorded_dataset_of_an_earlier_version_is_opened_where_its_source_is_gone(
+    own: DataConfig,
+) -> None:
+    assert own.dir is not None
+    first = quiet(own)
+    old = first.fingerprint[:8]
+    # As it was called, inside and out, when fingerprints had eight digits.
+    directory = first.directory.parents[1] / f"16-{old}" / first.directory.name
+    shutil.move(first.directory.parent, directory.parent)
+    info = directory / "dataset_info.json"
+    info.write_text(info.read_text().replace(first.fingerprint, old))
+    anew = prepare(own, progress=False, recorded=old)
+    assert anew.fingerprint == first.fingerprint
+    shutil.rmtree(own.dir)
+    opened = prepare(own, progress=False, recorded=old)
+    assert (opened.fingerprint, opened.directory) == (old, directory)
+    assert opened.ids("train") == anew.ids("train")
+
+
+def test_zips_that_are_gone_are_not_missed_either(isic: DataConfig) -> None:
+    assert isic.dir is not None
+    first = quiet(isic)
+    for path in isic.dir.iterdir():
+        path.unlink()
+    (isic.dir / "notes.txt").write_text("moved")
+    assert prepare(isic, progress=False, recorded=first.fingerprint) == first
+    # Half of a split is not a source that is gone.
+    (isic.dir / "ISIC2018_Task1-2_Training_Input.zip.part").write_bytes(b"")
+    with pytest.raises(DataError, match="No split of isic2018 is complete"):
+        prepare(isic, progress=False, recorded=first.fingerprint)
+
+
+def test_a_prepared_dataset_that_names_another_class_imports_nothing(
+    own: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = quiet(own).directory / "features.json"
+    sound = path.read_text()
+    text = "tensorflow_datasets.core.features.text_feature.Text"
+    nested = json.dumps({"json": json.dumps({"type": "evil_module.Text", "content": {}})})
+    for features in (
+        sound.replace(text, "evil_module.Text"),
+        json.dumps({"type": "evil_module.Text", "content": {}}),
+        sound.replace('"text": {}', f'"jsonFeature": {nested}'),
+    ):
+        assert features != sound
+        path.write_text(features)
+        with pytest.raises(DataError, match=r"features\.json names .*evil_module"):
+            quiet(own)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_interrupted_or_killed_prepare_is_cleared_up(own: DataConfig) -> None:
