@@ -54,7 +54,7 @@ def originals(config: DataConfig, split: str) -> tuple[list[Pair], dict[str, Any
         split=split,
         count=len(source.splits[split]),
         image_size="native",
-        fingerprint=source.fingerprint(),
+        fingerprint=source.fingerprint(config.binarize),
         counts={name: len(pairs) for name, pairs in source.splits.items()},
         official_counts=isic2018.OFFICIAL_COUNTS if config.name == "isic2018" else {},
     )
