@@ -93,7 +93,10 @@ def check_writable(folder: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise RunError(f"{option} {folder} cannot be written to: {error.strerror}.") from error
+        raise RunError(
+            f"{option} {folder} cannot be written to: {error.strerror}. Give --out a folder "
+            "that can."
+        ) from error
 
 
 def take_preset(args: list[str]) -> tuple[str | None, list[str]]:

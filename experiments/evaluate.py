@@ -39,7 +39,7 @@ Kept = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 OF_RUN = ("image_size", "stored_size", "train_split", "validation_split")
 """Fields of `DataConfig` that belong to the model, whatever data it is scored on."""
 
-READING = ("prepared_dir", "loader", "cache", "workers")
+READING = ("prepared_dir", "max_megapixels", "loader", "cache", "workers")
 """Fields of `DataConfig` that say how data are read, not which."""
 
 
@@ -136,16 +136,16 @@ def check_replaces(path: Path, dataset: dict[str, Any]) -> None:
 
 
 def score_originals(
-    model: TrainedModel, strategy: Strategy, pairs: list[Pair], out: Path
+    model: TrainedModel, strategy: Strategy, pairs: list[Pair], out: Path, config: Config
 ) -> Evaluation:
     start = time.perf_counter()
     counts = evaluate_native(
         compile_probabilities(strategy, model.recipe, model.variables),
         pairs,
         out,
-        image_size=model.config.data.image_size,
-        threshold=model.config.train.threshold,
-        batch_size=model.config.train.eval_batch_size,
+        image_size=config.data.image_size,
+        threshold=config.train.threshold,
+        batch_size=config.train.eval_batch_size,
     )
     return Evaluation(counts, math.nan, time.perf_counter() - start)
 
@@ -204,7 +204,7 @@ def main() -> None:
     if difference:
         distributed.on_main(lambda: check_replaces(path, dataset), "checking --out")
     if arguments.native:
-        evaluation = score_originals(model, strategy, pairs, out / name)
+        evaluation = score_originals(model, strategy, pairs, out / name, config)
         if arguments.zip:
             masks = [out / name / f"{pair.id}{MASK_SUFFIX}.png" for pair in pairs]
             zip_masks(masks, out / f"{name}.zip")

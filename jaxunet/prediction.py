@@ -126,6 +126,7 @@ def predict_files(
     overlay: bool = False,
     probabilities: bool = False,
     clean: bool = False,
+    read: Callable[[Path], np.ndarray] = read_image,
     progress: bool = False,
 ) -> PredictionReport:
     """Write `<name>_segmentation.png` for each picture: one channel, 0 or 255, its own size.
@@ -143,6 +144,7 @@ def predict_files(
         probabilities: also write `<name>_probability.png`, one channel of 16 bits in which
             65535 stands for 1, before `clean`.
         clean: fill holes and keep the largest component (`clean_up`).
+        read: a file's picture, uint8 `[height, width, 3]`.
         progress: show a progress bar.
 
     Raises:
@@ -162,7 +164,7 @@ def predict_files(
             if map_ is not None:
                 write_atomically(picture.result(PROBABILITY_SUFFIX), encode_png(map_))
             if overlay:
-                drawn = draw_overlay(read_image(picture.source), mask)
+                drawn = draw_overlay(read(picture.source), mask)
                 write_atomically(picture.result(OVERLAY_SUFFIX), encode_png(drawn))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -174,7 +176,7 @@ def predict_files(
     results = predict_each(
         probabilities_fn,
         pictures,
-        lambda picture: read_image(picture.source),
+        lambda picture: read(picture.source),
         write,
         image_size=image_size,
         threshold=threshold,
@@ -261,8 +263,7 @@ def predict_each(
 
 def write_mask(out: Path, name: str, mask: UInt8[np.ndarray, "height width"]) -> Path:
     """Write `<name>_segmentation.png` into `out`, atomically."""
-    path = out / f"{name}{MASK_SUFFIX}.png"
-    write_atomically(path, encode_png(mask))
+    write_atomically(path := out / f"{name}{MASK_SUFFIX}.png", encode_png(mask))
     return path
 
 
