@@ -2,9 +2,12 @@
 
 import itertools
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
 from command_line import parse, run_script

@@ -1,14 +1,18 @@
 """What the scripts share: presets by name, typed options, errors without tracebacks."""
 
+import dataclasses
 import difflib
 import errno
 import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
-from typing import IO, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 from PIL import Image
@@ -19,17 +23,80 @@ from tqdm import tqdm
 
 from jaxunet import distributed
 from jaxunet.config import Config
-from jaxunet.errors import ConfigError, JaxUNetError, Stopped
+from jaxunet.errors import ConfigError, JaxUNetError, RunError, Stopped
 from jaxunet.startup import start
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class OfRun:
+    """The options that say from which run the others start."""
+
+    out: Path | None = None
+    resume: bool = False
+
+
 def parse(kind: type[T], description: str, default: Any = None, args: Any = None) -> T:
-    """The command line as an instance of the dataclass `kind`; `--help` explains it."""
+    """The command line as an instance of the dataclass `kind`; `--help` explains it.
+
+    A `~` at the start of a path is the user's home folder, wherever in the line it stands.
+
+    Raises:
+        ConfigError: a path can't be one on this system.
+    """
     given = {} if default is None else {"default": default}
     # No overload of tyro's takes a default that may be left out.
-    return tyro.cli(kind, description=description, args=args, **given)  # type: ignore[call-overload]
+    return _expanded(tyro.cli(kind, description=description, args=args, **given))  # type: ignore[call-overload]
+
+
+def look_ahead(args: list[str]) -> OfRun:
+    """What `args` say of the run that they are about, by the parser that reads the rest."""
+    known, _ = tyro.cli(OfRun, args=args, return_unknown_args=True, add_help=False)
+    return _expanded(known)
+
+
+def _expanded(value: Any) -> Any:
+    """`value` with the home folder in place of `~` in every path of it."""
+    if isinstance(value, Path):
+        try:
+            str(value).encode()  # as TensorStore takes it, and records are written
+            return value.expanduser()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{str(value)!a} cannot be read as {sys.getfilesystemencoding()}, this "
+                "system's encoding of file names. Set PYTHONUTF8=1, or rename it in plain "
+                "letters."
+            ) from error
+        except RuntimeError as error:  # of pathlib: nobody's home is known
+            raise ConfigError(
+                f"{value} starts with ~, but no home folder of that user is known. Give the "
+                "whole path."
+            ) from error
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        new = {name: _expanded(each) for name, each in old.items()}
+        return value if new == old else dataclasses.replace(value, **new)
+    return value
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make `folder` if it isn't there; before long work, not after it.
+
+    Raises:
+        RunError: it can't be made, or no file can be made in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"{option} {folder} cannot be written to: {error.strerror}. Give --out a folder "
+            "that can."
+        ) from error
 
 
 def take_preset(args: list[str]) -> tuple[str | None, list[str]]:
@@ -83,10 +150,6 @@ def _unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _is_full(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def run_script(main: Callable[[], int | None]) -> None:
     """Run `main`; a user's mistake becomes one paragraph on stderr and exit status 1."""
     # XLA's and TensorFlow's start-up chatter is not for the user.
@@ -105,24 +168,36 @@ def run_script(main: Callable[[], int | None]) -> None:
         status = error.code
     except (Exception, KeyboardInterrupt) as error:
         status = _report(error)
-    if _is_closed(sys.stdout, ""):
+    if (unwritten := _unwritten()) is not None:
+        if status == 0:
+            status = _at_output(unwritten)
+        # Python itself would fail on what the buffer holds when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = status or 128 + signal.SIGPIPE
     sys.exit(status)
 
 
-def _is_closed(stream: IO[str], text: str) -> bool:
-    """Whether nobody reads the pipe `stream` any more, as in `| head`; else write `text`."""
+def _unwritten() -> OSError | None:
+    """Why stdout takes no more of what was printed; None if all is well."""
     try:
-        print(text, end="", file=stream, flush=True)
-    except BrokenPipeError:
-        return True
-    return False
+        print(end="", flush=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def _at_output(error: OSError) -> int:
+    """Say that stdout takes no more; the exit status."""
+    if isinstance(error, BrokenPipeError):  # nobody reads it any more, as in `| head`
+        return 128 + signal.SIGPIPE
+    _say(f"error: what is printed cannot be written: {error.strerror}. Files are whole.")
+    return 1
 
 
 def _report(error: BaseException) -> int:
     """Say what went wrong; the exit status. Raises what is nobody's mistake but ours."""
-    if isinstance(error, OSError) and _is_full(error):
+    unwritten = _unwritten() if isinstance(error, OSError) else None
+    no_space = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in no_space and unwritten is None:
         where = f" for {error.filename}" if error.filename else ""
         error = JaxUNetError(f"{error.strerror}{where}. What was written before is whole.")
     status = 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -131,12 +206,16 @@ def _report(error: BaseException) -> int:
     elif distributed.is_joined():
         distributed.fail(error, status)
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    elif isinstance(error, BrokenPipeError) and _is_closed(sys.stdout, "\n"):
-        return 128 + signal.SIGPIPE
+        _say("interrupted")
+    elif unwritten is not None:
+        return _at_output(unwritten)
     elif not isinstance(error, JaxUNetError):
         raise error
     elif distributed.is_main():
-        tqdm.write(f"error: {error}", file=sys.stderr)  # not on a progress bar
+        _say(f"error: {error}")
     distributed.finish()
     return status
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)  # not on a progress bar

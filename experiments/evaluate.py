@@ -1,36 +1,59 @@
 """Score a run on a split: `python experiments/evaluate.py RUN --split SPLIT`."""
 
+import json
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
 import tyro
-from command_line import parse, print_scores, run_script
+from command_line import check_writable, parse, print_scores, run_script
 
 from jaxunet import distributed
 from jaxunet.challenge import evaluate_native, originals
-from jaxunet.config import Config, to_dict
-from jaxunet.data import prepare
+from jaxunet.config import Config, DataConfig, to_dict
+from jaxunet.data import Prepared, prepare
+from jaxunet.data.sources import Pair
 from jaxunet.environment import command_line, environment
-from jaxunet.errors import ConfigError
+from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.feed import Feed
 from jaxunet.files import write_json
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
+from jaxunet.picture_files import MASK_SUFFIX
 from jaxunet.prediction import zip_masks
 from jaxunet.steps import eval_step
 from jaxunet.trained import TrainedModel, compile_probabilities, load
 
+DESCRIPTION = "Score a run on a split, of its own data or of others."
+T = TypeVar("T")
+Kept = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
+
+OF_RUN = ("image_size", "stored_size", "train_split", "validation_split")
+"""Fields of `DataConfig` that belong to the model, whatever data it is scored on."""
+
+READING = ("prepared_dir", "max_megapixels", "loader", "cache", "workers")
+"""Fields of `DataConfig` that say how data are read, not which."""
+
 
 @dataclass(frozen=True)
-class DataOptions:
-    dir: Path | None = None
-    """Where the source files are (none: where the run was trained from)."""
-    prepared_dir: Path | None = None
-    """Where prepared datasets are kept (none: as in the run)."""
+class Data(DataConfig):
+    """Which data to score. What is not given is as in the run, but with another --data.name
+    as shown."""
+
+    image_size: Kept[int] = 256
+    stored_size: Kept[int | Literal["native", "auto"]] = "auto"
+    train_split: Kept[str] = "train"
+    validation_split: Kept[str] = "validation"
+
+    def __post_init__(self) -> None:
+        """Nothing is checked before what was not given is filled in."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +64,80 @@ class Arguments:
     """Split to score; TFDS slices such as `test[:100]` work."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint: the last one, or the best on the validation split."""
+    out: Path | None = None
+    """Folder to write to (none: the run directory)."""
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
     distributed: bool = False
     """Be one of several processes, each started with this same command; see the README."""
     native: bool = False
-    """Predict each original at its own size, write the masks to RUN/native-SPLIT, and score
+    """Predict each original at its own size, write the masks to OUT/native-SPLIT, and score
     them as the challenge does."""
     zip: bool = False
-    """With --native, also pack the masks into RUN/native-SPLIT.zip, ready to submit."""
-    data: DataOptions = DataOptions()
+    """With --native, also pack the masks into OUT/native-SPLIT.zip, ready to submit."""
+    data: Data = Data()
+
+
+def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool]:
+    """The data to score, and whether the options say so, rather than how to read them."""
+    given, default = arguments.data, Data()
+    filled = parse(Arguments, DESCRIPTION, replace(arguments, data=Data(**vars(own)))).data
+    if filled.name != own.name:
+        kept = {name: getattr(own, name) for name in OF_RUN}
+        prepared_dir = given.prepared_dir or own.prepared_dir
+        filled = replace(given, **kept, prepared_dir=prepared_dir)
+    on_purpose = any(
+        getattr(given, name) != getattr(default, name) or getattr(filled, name) != value
+        for name, value in vars(own).items()
+        if name not in (*OF_RUN, *READING)
+    )
+    return DataConfig(**vars(filled)), on_purpose
+
+
+def changed(recorded: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """How the data differ from those that a run's record names; None if they don't."""
+    before, after = recorded.get("fingerprint"), found["fingerprint"]
+    if recorded.get("name") == found["name"] and before in (None, after):
+        return None
+    return (
+        f"The run was made from {recorded.get('name')}, fingerprint {before}; the data there "
+        f"are now {found['name']}, fingerprint {after}"
+    )
+
+
+def file_name(split: str, *, native: bool, other: str | None, best: bool) -> str:
+    """What the results are called: another name for all that may give other scores.
+
+    `[native-][DATASET-]SPLIT[-best]`, with DATASET where it is not the run's own, and of a
+    slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
+    """
+    slices = split.replace(" ", "").translate({ord("["): "_", ord(":"): ".", ord("]"): None})
+    parts = ("native" if native else "", other, quote(slices, "%+"), "best" if best else "")
+    return "-".join(filter(None, parts))
+
+
+def check_replaces(path: Path, dataset: dict[str, Any]) -> None:
+    """Scores of one folder of a user's own are not put in place of another's.
+
+    Raises:
+        RunError: `path` holds scores of other data.
+    """
+    if path.exists():
+        try:
+            before = json.loads(path.read_bytes())["dataset"]["fingerprint"]
+        except (ValueError, LookupError, TypeError):
+            before = "unknown"
+        if before != dataset["fingerprint"]:
+            raise RunError(
+                f"{path} holds the scores of other data (fingerprint {before}; these have "
+                f"{dataset['fingerprint']}). Move it away, or give --out another folder."
+            )
 
 
 def score_originals(
-    model: TrainedModel, strategy: Strategy, config: Config, split: str, out: Path
-) -> tuple[Evaluation, dict[str, Any]]:
+    model: TrainedModel, strategy: Strategy, pairs: list[Pair], out: Path, config: Config
+) -> Evaluation:
     start = time.perf_counter()
-    pairs, dataset = originals(config.data, split)
     counts = evaluate_native(
         compile_probabilities(strategy, model.recipe, model.variables),
         pairs,
@@ -66,53 +146,75 @@ def score_originals(
         threshold=config.train.threshold,
         batch_size=config.train.eval_batch_size,
     )
-    return Evaluation(counts, None, time.perf_counter() - start), dataset
+    return Evaluation(counts, None, time.perf_counter() - start)
+
+
+def score_prepared(
+    model: TrainedModel, strategy: Strategy, data: Prepared, split: str, config: Config
+) -> Evaluation:
+    progress = distributed.is_main()
+    feed = Feed(strategy, data.source(split), config.data, progress=progress)
+    step = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
+    variables = strategy.replicate(model.variables)
+    return evaluate(feed, step, variables, config, progress=progress)
 
 
 def main() -> None:
-    arguments = parse(Arguments, "Score a run on a split.")
+    arguments = parse(Arguments, DESCRIPTION)
+    if arguments.zip and not arguments.native:
+        raise ConfigError("--zip packs the masks that --native writes: add --native.")
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
         distributed.initialize()
-    model = load(arguments.run, arguments.checkpoint)
-    given = {k: v for k, v in vars(arguments.data).items() if v is not None}
-    config = replace(model.config, data=replace(model.config.data, **given))
+    run, split, out = arguments.run, arguments.split, arguments.out or arguments.run
+    model = load(run, arguments.checkpoint)
+    distributed.on_main(
+        lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
+    )
+    record = distributed.on_main(
+        lambda: json.loads((run / "config.json").read_bytes()), "reading the run's record"
+    )
+    chosen, on_purpose = choose_data(arguments, model.config.data)
+    config = replace(model.config, data=chosen)
     check_divisible("train.eval_batch_size", config.train.eval_batch_size, jax.device_count())
     strategy = make_strategy(arguments.parallel)
-    name = "".join(c if c.isalnum() else "-" for c in arguments.split).strip("-")
     if arguments.native:
-        name = f"native-{name}"
-        evaluation, dataset = score_originals(
-            model, strategy, config, arguments.split, arguments.run / name
-        )
-        if arguments.zip:
-            zip_masks(arguments.run / name, arguments.run / f"{name}.zip")
+        pairs, dataset = originals(chosen, split)
     else:
         data = distributed.main_first(
-            lambda: prepare(config.data, progress=distributed.is_main()), "preparing the data"
+            lambda: prepare(chosen, progress=distributed.is_main()), "preparing the data"
         )
-        feed = Feed(
-            strategy,
-            data.source(arguments.split),
-            config.data,
-            progress=distributed.is_main(),
+        dataset = describe_split(data, split, chosen.image_size)
+    recorded = record.get("dataset", {})
+    difference = changed(recorded, dataset)
+    if difference and not on_purpose:
+        raise DataError(
+            f"{difference}. What was trained on may now be in {split}. If they are meant, as "
+            "other data than the run's, say so with --data.dir."
         )
-        evaluation = evaluate(
-            feed,
-            feed.compile(partial(eval_step, model.recipe), outputs="replicated"),
-            strategy.replicate(model.variables),
-            config,
-            progress=distributed.is_main(),
-        )
-        dataset = describe_split(data, arguments.split, config.data.image_size)
+    name = file_name(
+        split,
+        native=arguments.native,
+        other=chosen.name if difference else None,
+        best=arguments.checkpoint == "best",
+    )
+    path = out / f"evaluation-{name}.json"
+    if difference:
+        distributed.on_main(lambda: check_replaces(path, dataset), "checking --out")
+    if arguments.native:
+        evaluation = score_originals(model, strategy, pairs, out / name, config)
+        if arguments.zip:
+            masks = [out / name / f"{pair.id}{MASK_SUFFIX}.png" for pair in pairs]
+            zip_masks(masks, out / f"{name}.zip")
+    else:
+        evaluation = score_prepared(model, strategy, data, split, config)
     if not distributed.is_main():
         return
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
+    made = {"config": to_dict(config), "command": command_line(), **environment()}
+    write_json(path, {**result, "trained_on": recorded, **made})
     print_scores(result)
-    path = arguments.run / f"evaluation-{name}.json"
-    record = {"config": to_dict(config), "command": command_line(), **environment()}
-    write_json(path, {**result, **record})
     print(f"Written: {path}")
 
 

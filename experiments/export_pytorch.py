@@ -1,8 +1,11 @@
 """PyTorch weights of a run: `python experiments/export_pytorch.py RUN --out FILE`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import tyro
 from command_line import parse, run_script

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from command_line import parse, run_script
 
 from jaxunet.environment import command_line, environment

@@ -1,8 +1,11 @@
 """A run from PyTorch weights: `python experiments/import_pytorch.py WEIGHTS --out RUN`."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import tyro
 from command_line import parse, run_script

@@ -1,15 +1,21 @@
 """Masks for pictures: `python experiments/predict.py RUN IMAGE_OR_FOLDER... --out DIR`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 import jax
 import tyro
-from command_line import parse, run_script
+from command_line import check_writable, parse, run_script
 
+from jaxunet.config import require_at_least
 from jaxunet.parallel import make_strategy
+from jaxunet.picture_files import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.prediction import predict_files
+from jaxunet.run import load_config
 from jaxunet.trained import compile_probabilities, load
 
 
@@ -27,23 +33,52 @@ class Arguments:
     """Fill holes and keep the largest region only."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint: the last one, or the best on the validation split."""
+    recursive: bool = False
+    """Take the pictures of folders below folders too, and keep that structure under --out."""
+    probabilities: bool = False
+    """Also write `<name>_probability.png`: 16 bits, 65535 where lesion is certain."""
     batch_size: int = 4
     """Pictures predicted at a time (rounded up to a multiple of the devices)."""
+
+    def __post_init__(self) -> None:
+        require_at_least("--batch-size", self.batch_size, 1)
+
+
+def listed(paths: list[Path]) -> str:
+    """How many, and the first few by name."""
+    names = ", ".join(str(path) for path in paths[:5])
+    return f"{len(paths)} file{'s' * (len(paths) > 1)}: {names}{', ...' * (len(paths) > 5)}"
 
 
 def main() -> int:
     arguments = parse(Arguments, "Predict masks for pictures.")
+    suffixes = [MASK_SUFFIX]
+    suffixes += [OVERLAY_SUFFIX] * arguments.overlay
+    suffixes += [PROBABILITY_SUFFIX] * arguments.probabilities
+    # Whatever is wrong with RUN, inputs or --out is said before the model is loaded.
+    load_config(arguments.run)
+    found = plan(
+        list(arguments.inputs),
+        arguments.out,
+        suffixes=tuple(suffixes),
+        recursive=arguments.recursive,
+    )
+    check_writable(arguments.out, "--out")
+    if found.others:
+        print(f"passed over, no kind of image read here: {listed(found.others)}")
+    if found.results:
+        print(f"passed over, results or hidden by their names: {listed(found.results)}")
     model = load(arguments.run, arguments.checkpoint)
     strategy = make_strategy("pmap")
     devices = jax.device_count()
     report = predict_files(
         compile_probabilities(strategy, model.recipe, model.variables),
-        list(arguments.inputs),
-        arguments.out,
+        found.pictures,
         image_size=model.config.data.image_size,
         threshold=model.config.train.threshold,
         batch_size=-(-arguments.batch_size // devices) * devices,
         overlay=arguments.overlay,
+        probabilities=arguments.probabilities,
         clean=arguments.clean,
         progress=True,
     )

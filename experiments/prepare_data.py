@@ -2,7 +2,10 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 from command_line import parse, run_script
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 from command_line import parse, run_script
 from presets import reference

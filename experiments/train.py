@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from command_line import parse, preset, print_scores, run_script, take_preset
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
+from command_line import look_ahead, parse, preset, print_scores, run_script, take_preset
 from presets import PRESETS
 
 from jaxunet import distributed
@@ -38,10 +40,9 @@ def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
     name, rest = take_preset(words)
     start = preset(name or "demo")
     described = f"Train a U-Net. PRESET is one of {', '.join(PRESETS)} (none: demo)."
-    if name is None and "--resume" in rest and "--out" in rest[:-1]:
-        out = Path(rest[rest.index("--out") + 1])
-        if (out / "config.json").exists():
-            start = load_config(out)
+    run = look_ahead(rest)
+    if name is None and run.resume and run.out and (run.out / "config.json").exists():
+        start = load_config(run.out)
     default = Arguments(start.data, start.model, start.optimizer, start.train)
     arguments = parse(Arguments, described, default, rest)
     return arguments, arguments.out or Path("runs") / (name or "demo")

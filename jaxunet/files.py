@@ -8,7 +8,9 @@ import os
 import re
 import sys
 from pathlib import Path
+from threading import get_native_id
 from typing import Any
+from zlib import crc32
 
 from jaxunet.errors import RunError
 
@@ -27,7 +29,8 @@ _REMEDIES = {
 def write_atomically(path: Path, contents: bytes | str) -> None:
     """Make `path` hold all of `contents`, or what it held before; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Short, so that a name that is just not too long can be written.
+    temporary = path.with_name(f".{crc32(os.fsencode(path)):08x}-{get_native_id()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(contents.encode() if isinstance(contents, str) else contents)

@@ -5,6 +5,7 @@ through EXIF how it is to be turned, that is the size of the upright picture, as
 displayed, not of the pixels as stored.
 """
 
+import errno
 import io
 import zipfile
 from collections import deque
@@ -12,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.ndimage
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 
 from jaxunet.bars import Bar
@@ -24,6 +25,7 @@ from jaxunet.data.images import encode_png, read_image, resize_image
 from jaxunet.errors import DataError
 from jaxunet.figures import overlay as draw_overlay
 from jaxunet.files import write_atomically
+from jaxunet.picture_files import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, Picture
 
 ProbabilitiesFn = Callable[[np.ndarray], np.ndarray]
 """From images, uint8 `[batch, size, size, 3]`, to the probability of lesion for each pixel,
@@ -31,10 +33,6 @@ float32 `[batch, size, size, 1]`."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-MASK_SUFFIX, OVERLAY_SUFFIX = "_segmentation", "_overlay"
-NO_INPUTS = (MASK_SUFFIX, OVERLAY_SUFFIX, "_Segmentation", "_superpixels")
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # Each holds one picture at its own size: about 0.5 GB for the largest of ISIC 2018.
 _THREADS = 4
@@ -47,11 +45,9 @@ class PredictionReport:
     """What `predict_files` did."""
 
     written: list[Path] = field(default_factory=list)
-    """Masks, in the order of the inputs; overlays lie beside them."""
+    """Masks, in the order of the inputs; overlays and probabilities lie beside them."""
     failed: list[tuple[Path, str]] = field(default_factory=list)
-    """Inputs that could not be read, each with the reason."""
-    passed_over: list[Path] = field(default_factory=list)
-    """Files in folders that are named like masks or overlays, and so not predicted."""
+    """Inputs that could not be read or whose mask could not be written, with the reason."""
 
 
 def predict_image(
@@ -76,16 +72,34 @@ def mask_at_size(
     255 where the resized probability exceeds `threshold`, else 0. Works in bands of rows,
     so memory beyond the mask itself does not grow with the height.
     """
+    mask = np.empty((height, width), np.uint8)
+    for rows, band in _bands(probabilities, height, width):
+        np.multiply(band > threshold, 255, out=mask[rows], casting="unsafe")
+    return mask
+
+
+def probabilities_at_size(
+    probabilities: Float[np.ndarray, "rows columns"], height: int, width: int
+) -> UInt16[np.ndarray, "{height} {width}"]:
+    """Resize probabilities as `mask_at_size` does; 65535 stands for 1, 0 for 0."""
+    scaled = np.empty((height, width), np.uint16)
+    for rows, band in _bands(probabilities, height, width):
+        scaled[rows] = np.rint(np.clip(band, 0, 1) * np.float32(65535))
+    return scaled
+
+
+def _bands(
+    probabilities: np.ndarray, height: int, width: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of the resized probabilities, float32, a band at a time."""
     rows, columns = probabilities.shape
     source = Image.fromarray(np.ascontiguousarray(probabilities, dtype=np.float32))
-    mask = np.empty((height, width), np.uint8)
     for top in range(0, height, _BAND):
         bottom = min(top + _BAND, height)
         # Pillow interpolates across the edges of the box, so that bands join seamlessly.
         box = (0, top * rows / height, columns, bottom * rows / height)
         band = source.resize((width, bottom - top), Image.Resampling.BILINEAR, box=box)
-        np.multiply(np.asarray(band) > threshold, 255, out=mask[top:bottom], casting="unsafe")
-    return mask
+        yield slice(top, bottom), np.asarray(band)
 
 
 def clean_up(mask: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width"]:
@@ -102,96 +116,76 @@ def clean_up(mask: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "heig
     return np.where(filled, 255, 0).astype(np.uint8)
 
 
-def find_images(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Resolve files and folders into images to predict.
-
-    A file is taken as it is, whatever its name; of a folder, the files whose extension is
-    that of an image, sorted by name. A file that is named twice is taken once.
-
-    Returns:
-        The images, and the files that were passed over because they are named like what
-        prediction writes (`_segmentation`, `_overlay`), ISIC 2017's `_superpixels`, or
-        hidden.
-
-    Raises:
-        DataError: a folder holds no image.
-    """
-    images: list[Path] = []
-    passed_over: list[Path] = []
-    for entry in inputs:
-        if not entry.is_dir():
-            images.append(entry)
-            continue
-        found = [p for p in sorted(entry.iterdir()) if p.suffix.lower() in IMAGE_EXTENSIONS]
-        taken = [p for p in found if not p.stem.endswith(NO_INPUTS) and p.name[0] != "."]
-        if not taken:
-            raise DataError(
-                f"{entry} holds no image to predict (masks, overlays and hidden files do not "
-                f"count); looked for {' '.join(IMAGE_EXTENSIONS)}, not in folders below it."
-            )
-        images += taken
-        passed_over += sorted(set(found) - set(taken))
-    unique: dict[Path, Path] = {}
-    for path in images:
-        unique.setdefault(path.resolve(), path)
-    return list(unique.values()), passed_over
-
-
 def predict_files(
     probabilities_fn: ProbabilitiesFn,
-    inputs: list[Path],
-    out: Path,
+    pictures: Sequence[Picture],
     *,
     image_size: int,
     threshold: float,
     batch_size: int,
     overlay: bool = False,
+    probabilities: bool = False,
     clean: bool = False,
+    read: Callable[[Path], np.ndarray] = read_image,
     progress: bool = False,
 ) -> PredictionReport:
     """Write `<name>_segmentation.png` for each picture: one channel, 0 or 255, its own size.
 
-    A picture that can't be read is reported, the others are still done.
+    A picture that can't be read, or whose mask can't be written, is reported; the others are
+    still done. Earlier masks are replaced.
 
     Args:
         probabilities_fn: the model.
-        inputs: image files and folders of them (see `find_images`).
-        out: folder for the masks; made if needed. Earlier masks in it are replaced.
+        pictures: which, and where their masks go (`jaxunet.picture_files.plan`).
         image_size: side in pixels of the square that the model sees.
         threshold: probability above which a pixel counts as lesion.
         batch_size: images in a batch.
         overlay: also write `<name>_overlay.png`, the picture with the mask's outline.
+        probabilities: also write `<name>_probability.png`, one channel of 16 bits in which
+            65535 stands for 1, before `clean`.
         clean: fill holes and keep the largest component (`clean_up`).
+        read: a file's picture, uint8 `[height, width, 3]`.
         progress: show a progress bar.
 
     Raises:
-        DataError: a folder holds no image, two inputs would write the same file, a result
-            would replace an input, or `out` is not a folder. Nothing has been written then.
+        OSError: the disk is full.
     """
-    images, passed_over = find_images(inputs)
-    _check_outputs(images, out, (MASK_SUFFIX, OVERLAY_SUFFIX) if overlay else (MASK_SUFFIX,))
-    report = PredictionReport(passed_over=passed_over)
+    report = PredictionReport()
 
-    def write(path: Path, mask: np.ndarray) -> Path:
-        if clean:
-            mask = clean_up(mask)
-        if overlay:
-            picture = draw_overlay(read_image(path), mask)
-            write_atomically(out / f"{path.stem}{OVERLAY_SUFFIX}.png", encode_png(picture))
-        return write_mask(out, path.stem, mask)
+    def at_size(small: np.ndarray, height: int, width: int, threshold: float) -> Any:
+        mask = mask_at_size(small, height, width, threshold)
+        map_ = probabilities_at_size(small, height, width) if probabilities else None
+        return clean_up(mask) if clean else mask, map_
+
+    def write(picture: Picture, made: tuple[np.ndarray, np.ndarray | None]) -> Path:
+        mask, map_ = made
+        try:
+            path = write_mask(picture.folder, picture.source.stem, mask)
+            if map_ is not None:
+                write_atomically(picture.result(PROBABILITY_SUFFIX), encode_png(map_))
+            if overlay:
+                drawn = draw_overlay(read(picture.source), mask)
+                write_atomically(picture.result(OVERLAY_SUFFIX), encode_png(drawn))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # nor will the others find any
+            what = f"{picture.source}: its results cannot be written to {picture.folder}"
+            raise DataError(f"{what}: {error.strerror}.") from error
+        return path
 
     results = predict_each(
         probabilities_fn,
-        images,
-        read_image,
+        pictures,
+        lambda picture: read(picture.source),
         write,
         image_size=image_size,
         threshold=threshold,
         batch_size=batch_size,
+        at_size=at_size,
     )
-    for path, result in Bar("predict", len(images), results, leave=True, show=progress):
+    for picture, result in Bar("predict", len(pictures), results, leave=True, show=progress):
         if isinstance(result, DataError):
-            report.failed.append((path, str(result)))
+            report.failed.append((picture.source, str(result)))
         else:
             report.written.append(result)
     return report
@@ -201,11 +195,12 @@ def predict_each(
     probabilities_fn: ProbabilitiesFn,
     items: Sequence[Item],
     read: Callable[[Item], np.ndarray],
-    finish: Callable[[Item, np.ndarray], Result],
+    finish: Callable[[Item, Any], Result],
     *,
     image_size: int,
     threshold: float,
     batch_size: int,
+    at_size: Callable[[np.ndarray, int, int, float], Any] = mask_at_size,
 ) -> Iterator[tuple[Item, Result | DataError]]:
     """Predict many pictures, several in flight, in bounded memory.
 
@@ -214,12 +209,15 @@ def predict_each(
 
     Args:
         read: an item's picture, uint8 `[height, width, 3]`.
-        finish: called in a thread with the item and its mask at the picture's own size,
-            uint8 `[height, width]` of 0 and 255.
+        finish: called in a thread with the item and what `at_size` gave for it.
+        at_size: called in the same thread with an item's probabilities as the model gave
+            them, the picture's height and width, and `threshold`; of itself it makes the
+            mask, uint8 `[height, width]` of 0 and 255.
 
     Yields:
         Each item once, in order, with what `finish` returned; an item whose `read` raised a
-        `DataError` comes with that error, as soon as it is met.
+        `DataError` comes with that error, as soon as it is met, and one whose `finish` did
+        in its turn.
     """
     finishing: deque[tuple[Item, Future[Result]]] = deque()
 
@@ -229,17 +227,20 @@ def predict_each(
         return _Small(height, width, resize_image(image, image_size, image_size))
 
     def complete(item: Item, small: _Small, probabilities: np.ndarray) -> Result:
-        return finish(item, mask_at_size(probabilities, small.height, small.width, threshold))
+        return finish(item, at_size(probabilities, small.height, small.width, threshold))
 
-    def finished() -> Iterator[tuple[Item, Result]]:
+    def finished() -> Iterator[tuple[Item, Result | DataError]]:
         while finishing:
             item, future = finishing.popleft()
-            yield item, future.result()
+            try:
+                yield item, future.result()
+            except DataError as error:
+                yield item, error
 
     with ThreadPoolExecutor(_THREADS) as pool:
         batch: list[tuple[Item, _Small]] = []
 
-        def predict() -> Iterator[tuple[Item, Result]]:
+        def predict() -> Iterator[tuple[Item, Result | DataError]]:
             stacked = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
             stacked[: len(batch)] = [small.pixels for _, small in batch]
             probabilities = _probabilities(probabilities_fn, stacked)[..., 0]
@@ -262,24 +263,25 @@ def predict_each(
 
 def write_mask(out: Path, name: str, mask: UInt8[np.ndarray, "height width"]) -> Path:
     """Write `<name>_segmentation.png` into `out`, atomically."""
-    path = out / f"{name}{MASK_SUFFIX}.png"
-    write_atomically(path, encode_png(mask))
+    write_atomically(path := out / f"{name}{MASK_SUFFIX}.png", encode_png(mask))
     return path
 
 
-def zip_masks(folder: Path, path: Path) -> None:
-    """Pack all `*_segmentation.png` of `folder` into a flat zip, as the challenge takes them.
+def zip_masks(masks: Sequence[Path], path: Path) -> None:
+    """Pack `masks` into a flat zip, as the challenge takes them.
+
+    The same masks give the same zip, bit for bit, whenever they were written.
 
     Raises:
-        DataError: the folder holds no mask.
+        DataError: there is no mask.
     """
-    masks = sorted(folder.glob(f"*{MASK_SUFFIX}.png"))
     if not masks:
-        raise DataError(f"{folder} holds no *{MASK_SUFFIX}.png to pack into {path}.")
+        raise DataError(f"There is no mask to pack into {path}.")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for mask in masks:
-            archive.write(mask, mask.name)
+        for mask in sorted(masks):
+            # Dated 1980, the first that a zip can say.
+            archive.writestr(zipfile.ZipInfo(mask.name), mask.read_bytes())
     write_atomically(path, buffer.getvalue())
 
 
@@ -316,26 +318,3 @@ def _probabilities(probabilities_fn: ProbabilitiesFn, images: np.ndarray) -> np.
             f"{images.shape}, but must give {(*images.shape[:3], 1)}."
         )
     return probabilities
-
-
-def _check_outputs(images: list[Path], out: Path, suffixes: tuple[str, ...]) -> None:
-    """Refuse results that would replace each other or an input; make the folder."""
-    by_stem: dict[str, list[Path]] = {}
-    for path in images:
-        by_stem.setdefault(path.stem, []).append(path)
-    for stem, paths in by_stem.items():
-        if len(paths) > 1:
-            raise DataError(
-                f"{' and '.join(map(str, paths))} would all be written to "
-                f"{out / stem}{MASK_SUFFIX}.png. Rename them, or use an output folder for each."
-            )
-    results = {
-        (out / f"{stem}{suffix}.png").resolve() for stem in by_stem for suffix in suffixes
-    }
-    for path in images:
-        if path.resolve() in results:
-            raise DataError(f"{path} is an input and would be replaced. Don't write to {out}.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"{out} is not a folder: masks can't be written there.") from error

@@ -1,26 +1,41 @@
 """`jaxunet.prediction` with a fake model: a pixel's probability is its red value / 255."""
 
+import errno
+import os
+import re
 import zipfile
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxunet.errors import DataError
+from jaxunet.picture_files import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.prediction import (
     clean_up,
-    find_images,
     mask_at_size,
     predict_files,
     predict_image,
+    probabilities_at_size,
     zip_masks,
 )
 
+NAME_MAX = 255  # bytes of a file name on Linux and macOS
 SETTINGS = {"image_size": 16, "threshold": 0.5, "batch_size": 4}
 
 
 def red(images):
     return images[..., :1].astype(np.float32) / 255
+
+
+def predict(model, inputs, out, *, recursive=False, **options):
+    """Plan and predict with small settings, as predict.py does."""
+    kinds = {"overlay": OVERLAY_SUFFIX, "probabilities": PROBABILITY_SUFFIX}
+    suffixes = (MASK_SUFFIX, *(suffix for name, suffix in kinds.items() if options.get(name)))
+    found = plan(inputs, out, suffixes=suffixes, recursive=recursive)
+    return predict_files(model, found.pictures, **SETTINGS, **options)
 
 
 def left_half(height, width, colour=(255, 0, 0)):
@@ -35,6 +50,7 @@ def left_half_mask(height, width):
 
 
 def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
     return path
 
@@ -132,7 +148,7 @@ def test_clean_up_fills_holes_and_keeps_the_largest_component():
 )
 def test_each_kind_of_picture_gives_a_single_channel_mask(tmp_path, name, picture):
     source = save(tmp_path / name, picture)
-    report = predict_files(red, [source], tmp_path / "out", **SETTINGS)
+    report = predict(red, [source], tmp_path / "out")
     assert report.written == [tmp_path / "out" / "a_segmentation.png"]
     mode, mask = read_png(report.written[0])
     assert mode == "L"
@@ -143,7 +159,7 @@ def test_mask_of_an_exif_rotated_photo_fits_the_upright_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise: its left half is shown at the top
     source = save(tmp_path / "photo.jpg", left_half(20, 60), exif=exif, quality=95)
-    report = predict_files(red, [source], tmp_path / "out", overlay=True, **SETTINGS)
+    report = predict(red, [source], tmp_path / "out", overlay=True)
     _, mask = read_png(report.written[0])
     expected = np.zeros((60, 20))
     expected[:30] = 255
@@ -164,7 +180,7 @@ def test_the_last_batch_is_filled_up_and_each_mask_is_its_own(tmp_path):
         shapes.append(images.shape)
         return red(images)
 
-    report = predict_files(counting, [tmp_path], tmp_path / "out", **SETTINGS)
+    report = predict(counting, [tmp_path], tmp_path / "out")
     assert shapes == [(4, 16, 16, 3)] * 3
     assert [p.name for p in report.written] == [f"{n}_segmentation.png" for n in range(10)]
     for number, path in enumerate(report.written):
@@ -180,7 +196,7 @@ def test_a_file_that_is_no_image_is_reported_and_the_others_are_done(tmp_path):
     broken.write_bytes(whole.read_bytes()[:400])
     other = save(tmp_path / "other.png", left_half(9, 9))
     inputs = [text, whole, absent, broken, other]
-    report = predict_files(red, inputs, tmp_path / "out", **SETTINGS)
+    report = predict(red, inputs, tmp_path / "out")
     assert [path for path, _ in report.failed] == [text, absent, broken]
     assert all(path.name in reason for path, reason in report.failed)
     names = ["other_segmentation.png", "whole_segmentation.png"]
@@ -197,16 +213,15 @@ def test_pictures_of_one_name_are_refused_before_any_work(tmp_path):
         raise AssertionError("the model was asked")
 
     with pytest.raises(DataError, match=r"a\.jpg and .*a\.png"):
-        predict_files(never, [tmp_path], tmp_path / "out", **SETTINGS)
+        predict(never, [tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_named_twice_is_done_once(tmp_path):
     source = save(tmp_path / "a.png", left_half(8, 8))
-    assert find_images([source, tmp_path, tmp_path / ".." / tmp_path.name / "a.png"]) == (
-        [source],
-        [],
-    )
+    again = tmp_path / ".." / tmp_path.name / "a.png"
+    found = plan([source, tmp_path, again], tmp_path / "out", suffixes=())
+    assert [picture.source for picture in found.pictures] == [source]
 
 
 def test_a_result_never_replaces_an_input(tmp_path):
@@ -214,39 +229,133 @@ def test_a_result_never_replaces_an_input(tmp_path):
     victim = save(tmp_path / "a_segmentation.png", left_half(8, 8))
     before = victim.read_bytes()
     with pytest.raises(DataError, match=r"a_segmentation\.png"):
-        predict_files(red, [picture, victim], tmp_path, **SETTINGS)
+        predict(red, [picture, victim], tmp_path)
     assert victim.read_bytes() == before
 
 
 def test_results_in_the_same_folder_are_not_taken_for_pictures_the_next_time(tmp_path):
     save(tmp_path / "a.png", left_half(8, 8))
-    predict_files(red, [tmp_path], tmp_path, overlay=True, **SETTINGS)
-    report = predict_files(red, [tmp_path], tmp_path, overlay=True, **SETTINGS)
-    names = ["a.png", "a_overlay.png", "a_segmentation.png"]
+    kinds = {"overlay": True, "probabilities": True}
+    predict(red, [tmp_path], tmp_path, **kinds)
+    predict(red, [tmp_path], tmp_path, **kinds)
+    names = ["a.png", "a_overlay.png", "a_probability.png", "a_segmentation.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert sorted(p.name for p in report.passed_over) == names[1:]
+    assert [p.name for p in plan([tmp_path], tmp_path, suffixes=()).results] == names[1:]
 
 
-def test_hidden_files_and_superpixels_of_a_folder_are_passed_over(tmp_path):
-    names = ["._a.jpg", "a.JPG", "a_superpixels.png", "notes.txt"]
+def test_what_of_a_folder_is_no_picture_is_passed_over_by_name(tmp_path):
+    names = ["._a.jpg", "a.JPG", "a_superpixels.png", "d.heic", "notes.txt"]
     for name in names:
         (tmp_path / name).touch()
-    images, passed_over = find_images([tmp_path])
-    assert [p.name for p in images] == ["a.JPG"]
-    assert [p.name for p in passed_over] == ["._a.jpg", "a_superpixels.png"]
-    assert find_images([tmp_path / "a_superpixels.png"])[0]  # a file is taken as it is
+    (tmp_path / "below.png").mkdir()
+    found = plan([tmp_path], tmp_path / "out", suffixes=())
+    assert [each.source.name for each in found.pictures] == ["a.JPG"]
+    assert [p.name for p in found.results] == ["._a.jpg", "a_superpixels.png"]
+    assert [p.name for p in found.others] == ["d.heic", "notes.txt"]
+    file = tmp_path / "a_superpixels.png"  # a file is taken as it is
+    assert plan([file], tmp_path / "out", suffixes=()).pictures[0].source == file
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *[("a.jfif", "JPEG"), ("a.jpe", "JPEG"), ("a.gif", "GIF"), ("a.jp2", "JPEG2000")],
+        *[("a.ppm", "PPM"), ("a.bmp", "BMP"), ("a.webp", "WEBP"), ("a.tif", "TIFF")],
+    ],
+)
+def test_every_kind_that_can_be_decoded_is_found_in_a_folder(tmp_path, name, kind):
+    save(tmp_path / name, left_half(40, 60), format=kind)
+    report = predict(red, [tmp_path], tmp_path / "out")
+    assert report.written == [tmp_path / "out" / "a_segmentation.png"]
+    np.testing.assert_array_equal(read_png(report.written[0])[1], left_half_mask(40, 60))
+
+
+def test_folders_below_keep_their_structure_and_a_circle_ends(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "x" / "y").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for name in ("a.png", "x/a.png", "x/y/b.png", ".hidden/c.png"):
+        save(folder / name, left_half(8, 8))
+    (folder / "x" / "back").symlink_to(folder)
+    (folder / "z").symlink_to(folder / "x" / "y")
+    report = predict(red, [folder], tmp_path / "out", recursive=True)
+    names = ["a_segmentation.png", "x/a_segmentation.png", "x/y/b_segmentation.png"]
+    assert report.written == [tmp_path / "out" / name for name in names]
+    assert all(path.exists() for path in report.written)
+    flat = predict(red, [folder], tmp_path / "flat")
+    assert flat.written == [tmp_path / "flat" / names[0]]
+    with pytest.raises(DataError, match=r"holds no image .* in folders below it too"):
+        plan([tmp_path / "out"], tmp_path, suffixes=(), recursive=True)
+
+
+def test_probabilities_are_written_as_16_bits_of_the_same_interpolation_as_the_mask(tmp_path):
+    values = np.random.default_rng(1).integers(0, 256, (16, 16)).astype(np.uint8)
+    picture = np.dstack([values, values * 0, values * 0])
+    save(tmp_path / "a.png", picture)
+    predict(red, [tmp_path / "a.png"], tmp_path / "out", probabilities=True)
+    mode, stored = read_png(tmp_path / "out" / "a_probability.png")
+    assert (mode, stored.dtype) == ("I;16", np.uint16)
+    np.testing.assert_array_equal(stored, values.astype(np.uint16) * 257)  # 65535 / 255
+    _, mask = read_png(tmp_path / "out" / "a_segmentation.png")
+    np.testing.assert_array_equal(mask > 0, stored > 32767)
+
+    large = probabilities_at_size(values.astype(np.float32) / 255, 2500, 40)  # three bands
+    expected = bilinear(values.astype(np.float64) / 255, 2500, 40) * 65535
+    assert abs(large - expected).max() < 2
+
+
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    save(tmp_path / "a.png", left_half(8, 8))
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "below":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"below cannot be read: Permission denied"):
+        plan([tmp_path], tmp_path / "out", suffixes=(), recursive=True)
+
+
+@pytest.mark.parametrize("length", [NAME_MAX - 4, NAME_MAX - len("_segmentation.png")])
+def test_a_name_too_long_for_its_mask_is_that_pictures_line(tmp_path, length):
+    long = save(tmp_path / "in" / ("n" * length + ".png"), left_half(8, 8))
+    other = save(tmp_path / "in" / "z.png", left_half(8, 8))
+    report = predict(red, [long, other], tmp_path / "out", overlay=True)
+    written = [tmp_path / "out" / "z_segmentation.png"]
+    if length == NAME_MAX - 4:
+        [(path, reason)] = report.failed
+        assert path == long
+        assert str(long) in reason
+        assert "File name too long" in reason
+    else:  # just short enough, and so is the temporary's name
+        assert not report.failed
+        written.insert(0, tmp_path / "out" / ("n" * length + "_segmentation.png"))
+    assert report.written == written
+    assert all(path.exists() for path in written)
+
+
+def test_a_picture_whose_results_cannot_be_written_is_reported_and_a_full_disk_ends_it(
+    tmp_path,
+):
+    pictures = [save(tmp_path / f"{name}.png", left_half(8, 8)) for name in "abc"]
+    (tmp_path / "out" / "b_segmentation.png").mkdir(parents=True)
+    report = predict(red, pictures, tmp_path / "out")
+    assert [path.name for path, _ in report.failed] == ["b.png"]
+    assert re.search(r"b\.png.*cannot be written.*Is a directory", report.failed[0][1])
+    assert [path.name[0] for path in report.written] == ["a", "c"]
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("os.fsync", side_effect=full), pytest.raises(OSError, match="No space"):
+        predict(red, pictures, tmp_path / "full")
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     (tmp_path / "LICENSE.txt").write_text("words")
     with pytest.raises(DataError, match="holds no image"):
-        predict_files(red, [tmp_path], tmp_path / "out", **SETTINGS)
-
-
-def test_an_out_that_is_a_file_is_an_error(tmp_path):
-    source = save(tmp_path / "a.png", left_half(8, 8))
-    with pytest.raises(DataError, match=r"a\.png is not a folder"):
-        predict_files(red, [source], source, **SETTINGS)
+        predict(red, [tmp_path], tmp_path / "out")
 
 
 def test_clean_removes_the_smaller_spot_of_the_written_mask(tmp_path):
@@ -256,27 +365,33 @@ def test_clean_removes_the_smaller_spot_of_the_written_mask(tmp_path):
     source = save(tmp_path / "a.png", picture)
     masks = []
     for clean in (False, True):
-        report = predict_files(red, [source], tmp_path / "out", clean=clean, **SETTINGS)
+        report = predict(red, [source], tmp_path / "out", clean=clean)
         masks.append(read_png(report.written[0])[1])
     assert [int((mask > 0).sum()) for mask in masks] == [64 + 4, 64]
 
 
-def test_zip_holds_the_masks_and_nothing_else(tmp_path):
-    source = save(tmp_path / "a.png", left_half(8, 8))
+def test_zip_holds_the_masks_given_and_is_the_same_whenever_they_were_written(tmp_path):
+    sources = [save(tmp_path / f"{name}.png", left_half(8, 8)) for name in "ba"]
     out = tmp_path / "out"
-    predict_files(red, [source], out, overlay=True, **SETTINGS)
-    zip_masks(out, out / "submission.zip")
+    masks = predict(red, sources, out, overlay=True).written
+    save(out / "stale_segmentation.png", left_half(8, 8))
+    zips = []
+    for year in (1970, 2020):  # before 1980 there is no date that a zip could say
+        for mask in masks:
+            os.utime(mask, ((year - 1970) * 365 * 86400 + 86400,) * 2)
+        zip_masks(masks, out / "submission.zip")
+        zips.append((out / "submission.zip").read_bytes())
+    assert zips[0] == zips[1]
     with zipfile.ZipFile(out / "submission.zip") as archive:
-        assert archive.namelist() == ["a_segmentation.png"]
+        assert archive.namelist() == ["a_segmentation.png", "b_segmentation.png"]
         assert archive.read("a_segmentation.png") == (out / "a_segmentation.png").read_bytes()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty"):
-        zip_masks(tmp_path / "empty", tmp_path / "x.zip")
+    with pytest.raises(DataError, match="no mask"):
+        zip_masks([], tmp_path / "x.zip")
 
 
 def test_progress_reaches_the_number_of_inputs(tmp_path, capsys):
     good = save(tmp_path / "a.png", left_half(8, 8))
     bad = tmp_path / "b.txt"
     bad.write_text("words")
-    predict_files(red, [good, bad], tmp_path / "out", progress=True, **SETTINGS)
+    predict(red, [good, bad], tmp_path / "out", progress=True)
     assert "2/2" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 from PIL import ExifTags, Image, ImageOps
 
 from jaxunet.config import MAX_MEGAPIXELS
@@ -182,8 +182,8 @@ def resize_mask(
     return np.array(resized)[:, :, np.newaxis]
 
 
-def encode_png(array: UInt8[np.ndarray, "..."]) -> bytes:
-    """PNG file of a uint8 array: RGB `[h, w, 3]`, or grey `[h, w, 1]` or `[h, w]`."""
+def encode_png(array: UInt8[np.ndarray, "..."] | UInt16[np.ndarray, "h w"]) -> bytes:
+    """PNG file of RGB `[h, w, 3]` or grey `[h, w, 1]` or `[h, w]`; uint16 is 16 bits deep."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     buffer = io.BytesIO()

@@ -1,0 +1,220 @@
+"""evaluate.py: on the run's own data, on others, and what it writes where."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_input.ground import SCRIPTS, run
+from small_data import encoded, half_mask, picture, write_files
+
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.data import prepare
+from jaxunet.parallel import make_strategy
+from jaxunet.trained import compile_probabilities, load
+from jaxunet.training import train
+
+
+def write_pairs(folder, seeds):
+    write_files(folder / "images", {f"{n}.png": encoded(picture(n, 16, 16)) for n in seeds})
+    write_files(folder / "masks", {f"{n}.png": encoded(half_mask(16, 16)) for n in seeds})
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """own/ with a run trained on it, and other/, of the same layout."""
+    world = tmp_path_factory.mktemp("world")
+    splits = {"train": range(8), "validation": range(8, 10), "test": range(10, 13)}
+    for split, seeds in splits.items():
+        write_pairs(world / "own" / split, seeds)
+    write_pairs(world / "other" / "test", range(20, 25))
+    config = Config(
+        data=DataConfig(
+            name="folder",
+            dir=world / "own",
+            prepared_dir=world / "prepared",
+            image_size=16,
+            stored_size=16,
+        ),
+        model=ModelConfig(width=2, depth=2),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        train=TrainConfig(epochs=2, batch_size=8, eval_batch_size=8, seed=1),
+    )
+    data = prepare(config.data, progress=False)
+    train(config, data, world / "run", show_progress=False)
+    return world, config
+
+
+@pytest.fixture
+def world(sound, tmp_path):
+    """The same, of the test's own."""
+    place, _ = sound
+    shutil.copytree(place, tmp_path / "world")
+    path = tmp_path / "world" / "run" / "config.json"
+    path.write_text(path.read_text().replace(str(place), str(tmp_path / "world")))
+    return tmp_path / "world"
+
+
+def evaluate(world, *words, expect=0):
+    status, output = run(["evaluate.py", world / "run", *words])
+    assert status == expect, output
+    assert "Traceback" not in output
+    return " ".join(output.split())
+
+
+def written(folder, name):
+    return json.loads((folder / f"evaluation-{name}.json").read_text())
+
+
+def test_other_data_are_scored_with_the_runs_model_and_both_are_named(world, sound):
+    evaluate(world, "--data.dir", world / "other", "--split", "test")
+    found = written(world / "run", "folder-test")
+    own = json.loads((world / "run" / "config.json").read_text())["dataset"]
+    config = dataclasses.replace(sound[1].data, dir=world / "other")
+    other = prepare(
+        dataclasses.replace(config, prepared_dir=world / "prepared"), progress=False
+    )
+    assert found["trained_on"] == own
+    assert found["dataset"]["fingerprint"] == other.fingerprint != own["fingerprint"]
+    assert (found["dataset"]["name"], found["dataset"]["count"]) == ("folder", 5)
+    assert not (world / "run" / "evaluation-test.json").exists()
+
+    model = load(world / "run")
+    probabilities = compile_probabilities(make_strategy("pmap"), model.recipe, model.variables)
+    images = np.zeros((8, 16, 16, 3), np.uint8)
+    images[:5] = [picture(seed, 16, 16) for seed in range(20, 25)]
+    predicted = probabilities(images)[:5] > 0.5
+    truth = np.repeat(half_mask(16, 16)[None, :, :, None] > 0, 5, axis=0)
+    both = (predicted & truth).sum()
+    dice = 2 * both / (predicted.sum() + truth.sum())
+    assert found["scores"]["pooled"]["dice"] == pytest.approx(dice)
+    assert 0 < dice < 1
+
+
+def test_another_kind_of_data_starts_from_its_own_defaults_but_for_the_models(world):
+    words = ("--data.synthetic-train", 8, "--data.synthetic-validation", 4)
+    evaluate(world, "--data.name", "synthetic", *words, "--split", "test")
+    found = written(world / "run", "synthetic-test")
+    data = found["config"]["data"]
+    assert (data["dir"], data["image_size"], data["stored_size"]) == (None, 16, 16)
+    assert data["prepared_dir"] == str(world / "prepared")
+    assert (found["dataset"]["count"], found["trained_on"]["name"]) == (4, "folder")
+    output = evaluate(world, "--data.image-size", 32, expect=2)
+    assert "Unrecognized options: --data.image-size" in output
+
+
+def test_every_field_of_the_data_can_be_given_but_those_of_the_model(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    import evaluate as script
+
+    _, output = run(["evaluate.py", "--help"])
+    for field in dataclasses.fields(DataConfig):
+        option = f"--data.{field.name.replace('_', '-')}"
+        assert (option in output) != (field.name in script.OF_RUN)
+
+
+def test_own_data_that_changed_are_refused_unless_they_are_given(world):
+    evaluate(world, "--split", "test")
+    before = written(world / "run", "test")
+    write_pairs(world / "own" / "test", [13])
+    output = evaluate(world, "--split", "test", expect=1)
+    assert "error: The run was made from folder, fingerprint" in output
+    assert before["dataset"]["fingerprint"] in output
+    assert "--data.dir" in output
+    assert written(world / "run", "test") == before
+    evaluate(world, "--split", "test", "--data.dir", world / "own")
+    assert written(world / "run", "test") == before
+    assert written(world / "run", "folder-test")["dataset"]["count"] == 4
+
+
+def test_data_that_only_moved_are_the_runs_own(world):
+    (world / "own").rename(world / "moved")
+    evaluate(world, "--data.dir", world / "moved", "--split", "test")
+    assert written(world / "run", "test")["dataset"]["count"] == 3
+
+
+def test_scores_of_one_folder_do_not_replace_anothers(world):
+    evaluate(world, "--data.dir", world / "other", "--split", "test")
+    before = written(world / "run", "folder-test")
+    write_pairs(world / "third" / "test", range(30, 32))
+    words = ("--data.dir", world / "third", "--split", "test")
+    output = evaluate(world, *words, expect=1)
+    assert "evaluation-folder-test.json holds the scores of other data" in output
+    evaluate(world, *words, "--out", world / "elsewhere")
+    assert written(world / "elsewhere", "folder-test")["dataset"]["count"] == 2
+    assert written(world / "run", "folder-test") == before
+    evaluate(world, "--data.dir", world / "other", "--split", "test")  # the same again
+
+
+def test_slices_and_checkpoints_have_files_of_their_own(world):
+    evaluate(world, "--split", "test")
+    evaluate(world, "--split", "test", "--checkpoint", "best")
+    evaluate(world, "--split", "test[:1]")
+    evaluate(world, "--split", "test[:67%]")
+    names = {path.name for path in (world / "run").glob("evaluation-*")}
+    assert names == {
+        *("evaluation-test.json", "evaluation-test-best.json"),
+        *("evaluation-test_.1.json", "evaluation-test_.67%.json"),
+    }
+    assert written(world / "run", "test_.67%")["dataset"]["count"] == 2
+
+
+def test_no_two_scorings_share_a_name(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    import evaluate as script
+
+    edges = ("", "1", "10", "-10", "10%", "-10%")
+    splits = [f"{base}[{a}:{b}]" for base in ("test", "train") for a in edges for b in edges]
+    splits += ["test", "train", "train+test", "train[:1]+test", "train+test[:1]", "../test"]
+    names = [
+        script.file_name(split, native=native, other=other, best=best)
+        for split in splits
+        for native in (False, True)
+        for other in (None, "folder", "isic2018", "synthetic")
+        for best in (False, True)
+    ]
+    assert len(set(names)) == len(names)
+    assert not any("/" in name for name in names)
+    assert script.file_name("test", native=True, other=None, best=False) == "native-test"
+
+
+def test_a_zip_holds_the_masks_of_this_scoring_alone(world):
+    words = ("--native", "--zip", "--split", "test")
+    stale = world / "run" / "native-test" / "zzz_segmentation.png"
+    write_files(stale.parent, {stale.name: encoded(half_mask())})
+    evaluate(world, *words)
+    with zipfile.ZipFile(world / "run" / "native-test.zip") as archive:
+        assert archive.namelist() == [f"{n}_segmentation.png" for n in (10, 11, 12)]
+    prepared = json.loads((world / "run" / "config.json").read_text())["dataset"]
+    dataset = written(world / "run", "native-test")["dataset"]
+    assert dataset["fingerprint"] == prepared["fingerprint"]
+    evaluate(world, *words, "--data.dir", world / "other")
+    with zipfile.ZipFile(world / "run" / "native-folder-test.zip") as archive:
+        assert archive.namelist() == [f"{n}_segmentation.png" for n in range(20, 25)]
+    assert "add --native" in evaluate(world, "--zip", expect=1)
+
+
+def test_a_run_that_cannot_be_written_to_is_said_first_and_scored_elsewhere(world, monkeypatch):
+    real = tempfile.TemporaryFile
+
+    def read_only(*args, dir=None, **options):
+        if dir is not None and Path(dir) == world / "run":
+            raise OSError(30, "Read-only file system")
+        return real(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    shutil.rmtree(world / "prepared")
+    output = evaluate(world, "--split", "test", expect=1)
+    assert f"error: RUN {world}/run cannot be written to: Read-only file system." in output
+    assert "Give --out" in output
+    assert not (world / "prepared").exists()  # nothing was done before
+    evaluate(world, "--split", "test", f"--out={world}/scores")
+    assert written(world / "scores", "test")["dataset"]["count"] == 3
+    assert not list((world / "run").glob("evaluation-*"))
