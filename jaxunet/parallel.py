@@ -59,80 +59,26 @@ class Strategy(Protocol):
 
 
 @dataclass(frozen=True)
-class Pmap:
-    """`jax.pmap`: arrays carry a leading axis of devices."""
+class _Placement:
+    """Where arrays lie: what both strategies have in common.
+
+    Replicated arrays are whole on each device; the parts of split ones follow its order.
+    """
 
     devices: Sequence[jax.Device]
 
     @property
     def _local(self) -> list[jax.Device]:
-        return _own(self.devices)
-
-    def _put(self, array: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(Mesh(self._local, (AXIS,)), PartitionSpec(AXIS))
-        return jax.device_put(array, sharding, may_alias=False)
-
-    def replicate(self, tree: Any) -> Any:
-        count = len(self._local)
-        return jax.tree.map(
-            lambda x: self._put(np.broadcast_to(np.asarray(x), (count, *np.shape(x)))), tree
-        )
-
-    def split(self, batch: Any) -> Any:
-        count = len(self._local)
-        return jax.tree.map(
-            lambda x: self._put(x.reshape(count, len(x) // count, *x.shape[1:])), batch
-        )
-
-    def compile(
-        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
-    ) -> Step:
-        del outputs, constants  # the leading axis carries every kind
-        return jax.pmap(step, AXIS, devices=self.devices, donate_argnums=(0,) if donate else ())
-
-    def fetch(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data)[0], tree)
-
-    def gather(self, tree: Any) -> Any:
-        def rows(x: jax.Array) -> np.ndarray:
-            mine = np.concatenate([_to_host(s.data) for s in _in_order(x.addressable_shards)])
-            return mine.reshape(-1, *x.shape[2:])
-
-        return jax.tree.map(rows, tree)
-
-
-@dataclass(frozen=True)
-class ShardMap:
-    """`jax.jit` of `jax.shard_map` over a one-dimensional mesh."""
-
-    devices: Sequence[jax.Device]
-
-    @property
-    def _mesh(self) -> Mesh:
-        return Mesh(np.asarray(self.devices), (AXIS,))
-
-    @property
-    def _local(self) -> list[jax.Device]:
-        return _own(self.devices)
-
-    def replicate(self, tree: Any) -> Any:
-        def copy(x: Any) -> jax.Array:
-            return self._assemble(PartitionSpec(), np.shape(x), [x] * len(self._local))
-
-        return jax.tree.map(copy, tree)
-
-    def split(self, batch: Any) -> Any:
-        def rows(x: np.ndarray) -> jax.Array:
-            parts = np.split(x, len(self._local))
-            shape = (len(parts[0]) * len(self.devices), *x.shape[1:])
-            return self._assemble(PartitionSpec(AXIS), shape, parts)
-
-        return jax.tree.map(rows, batch)
+        return [d for d in self.devices if d.process_index == jax.process_index()]
 
     def _assemble(
-        self, spec: PartitionSpec, shape: tuple[int, ...], parts: Sequence[Any]
+        self,
+        spec: PartitionSpec,
+        devices: Sequence[jax.Device],
+        shape: tuple[int, ...],
+        parts: Sequence[Any],
     ) -> jax.Array:
-        """A global array of one part for each of this process's devices.
+        """An array over `devices` of one part for each of this process's own.
 
         A put on devices of several processes would compare what they put, or be implicit.
         """
@@ -140,8 +86,63 @@ class ShardMap:
             jax.device_put(np.asarray(part), device, may_alias=False)
             for part, device in zip(parts, self._local, strict=True)
         ]
-        sharding = NamedSharding(self._mesh, spec)
+        sharding = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), spec)
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+    def replicate(self, tree: Any) -> Any:
+        def copy(x: Any) -> jax.Array:
+            parts = [x] * len(self._local)
+            return self._assemble(PartitionSpec(), self.devices, np.shape(x), parts)
+
+        return jax.tree.map(copy, tree)
+
+    def fetch(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data), tree)
+
+
+class Pmap(_Placement):
+    """`jax.pmap`: split arrays carry a leading axis of devices, replicated ones do not.
+
+    JAX keeps pmap but develops it no further, and recommends `jax.shard_map`; since 0.10 pmap
+    is itself `jit` of `shard_map` (see https://docs.jax.dev/en/latest/migrate_pmap.html). So
+    the two strategies run the same program, on values that lie in the same places.
+    """
+
+    def split(self, batch: Any) -> Any:
+        def rows(x: np.ndarray) -> jax.Array:
+            # pmap is given the rows of this process, as an array over its own devices alone.
+            own = x.reshape(len(self._local), -1, *x.shape[1:])
+            parts = np.split(own, len(own))
+            return self._assemble(PartitionSpec(AXIS), self._local, own.shape, parts)
+
+        return jax.tree.map(rows, batch)
+
+    def compile(
+        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
+    ) -> Step:
+        return jax.pmap(
+            step,
+            AXIS,
+            in_axes=(None, 0, *[None] * constants),
+            out_axes=None if outputs == "replicated" else 0,
+            devices=self.devices,
+            donate_argnums=(0,) if donate else (),
+        )
+
+    def gather(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: _own_rows(x).reshape(-1, *x.shape[2:]), tree)
+
+
+class ShardMap(_Placement):
+    """`jax.jit` of `jax.shard_map` over a one-dimensional mesh."""
+
+    def split(self, batch: Any) -> Any:
+        def rows(x: np.ndarray) -> jax.Array:
+            parts = np.split(x, len(self._local))
+            shape = (len(parts[0]) * len(self.devices), *x.shape[1:])
+            return self._assemble(PartitionSpec(AXIS), self.devices, shape, parts)
+
+        return jax.tree.map(rows, batch)
 
     def compile(
         self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
@@ -150,27 +151,15 @@ class ShardMap:
         # pmap does not; without it, one step serves both.
         mapped = jax.shard_map(
             step,
-            mesh=self._mesh,
+            mesh=Mesh(np.asarray(self.devices), (AXIS,)),
             in_specs=(PartitionSpec(), PartitionSpec(AXIS), *[PartitionSpec()] * constants),
             out_specs=PartitionSpec() if outputs == "replicated" else PartitionSpec(AXIS),
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=(0,) if donate else ())
 
-    def fetch(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data), tree)
-
     def gather(self, tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: np.concatenate(
-                [_to_host(s.data) for s in _in_order(x.addressable_shards)]
-            ),
-            tree,
-        )
-
-
-def _own(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    return [d for d in devices if d.process_index == jax.process_index()]
+        return jax.tree.map(_own_rows, tree)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
@@ -178,8 +167,10 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.array(jax.device_get(array))
 
 
-def _in_order(shards: Sequence[Any]) -> list[Any]:
-    return sorted(shards, key=lambda shard: shard.index[0].start or 0)
+def _own_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of a split array, in their order."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([_to_host(shard.data) for shard in shards])
 
 
 STRATEGIES: dict[str, Callable[[Sequence[jax.Device]], Strategy]] = {

@@ -7,6 +7,7 @@ compiled (by llvmlite, in about 0.4 s, when the first convolution is traced).
 
 import ctypes
 import functools
+import os
 import platform
 import re
 import sys
@@ -18,6 +19,7 @@ import llvmlite.binding as llvm
 
 from jaxunet.cpu.calls import FFI_VERSION
 from jaxunet.cpu.loops import CONV, INPUT_GRADIENT, KERNEL_GRADIENT, Blocks, build
+from jaxunet.errors import ConfigError
 
 __all__ = [
     "CONV",
@@ -27,32 +29,103 @@ __all__ = [
     "blocks",
     "blocks_for",
     "compiled",
+    "status",
 ]
+
+SWITCH = "JAXUNET_CPU_LOOPS"
 
 _lock = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # they own the code, which programs of XLA's call
 
 
 def blocks() -> Blocks | None:
-    """What the loops work on at a time on this machine; None where they can't be had.
+    """What the loops work on at a time on this machine; None where they are off.
 
-    They can on x86-64 with AVX2 or AVX-512 and on 64-bit ARM, under Linux and macOS, with a
-    jaxlib whose foreign function interface is the one that `calls` was written for. The first
-    call compiles them and makes them known to XLA.
+    They are on where they can be: on x86-64 with AVX2 or AVX-512 and on 64-bit ARM, under
+    Linux and macOS, with a jaxlib that serves the foreign function interface that `calls` was
+    written for. The first call compiles them and makes them known to XLA.
+
+    The environment variable `JAXUNET_CPU_LOOPS` switches them, for comparison or in case of
+    trouble: `0` off, so that all convolutions are XLA's; `avx2` holds them to AVX2 on a
+    processor with AVX-512. It is read once, when the first convolution is traced.
+
+    Raises:
+        ConfigError: the variable has another value, or is `avx2` where AVX2 is not.
     """
-    with _lock:
-        return _blocks_here()
+    found = _here()
+    return found if isinstance(found, Blocks) else None
+
+
+def status() -> int | str:
+    """For the record of a run: how many lanes the loops have, or why they are off."""
+    found = _here()
+    return found.lanes if isinstance(found, Blocks) else found
+
+
+def _here() -> Blocks | str:
+    with _lock:  # else two threads might compile them
+        return _made_here()
 
 
 @functools.cache
-def _blocks_here() -> Blocks | None:
-    if sys.platform not in ("linux", "darwin") or _ffi_version() != FFI_VERSION:
-        return None
+def _made_here() -> Blocks | str:
+    setting = os.environ.get(SWITCH, "")
     features = llvm.get_host_cpu_features()
-    found = blocks_for(platform.machine(), features)
-    if found is not None:
-        register(found, compiled(found, llvm.get_host_cpu_name(), features.flatten()))
+    found = choose(setting, sys.platform, platform.machine(), features, _ffi_version())
+    if isinstance(found, Blocks):
+        held = setting == "avx2" and features.get("avx512f")
+        name = "haswell" if held else llvm.get_host_cpu_name()
+        engine = compiled(found, name, "" if held else features.flatten())
+        jax.devices()  # before there is a backend, what is refused would end its start
+        try:
+            register(found, engine)
+        except jax.errors.JaxRuntimeError as error:
+            return f"XLA refuses them: {error}"
     return found
+
+
+def choose(
+    setting: str,
+    system: str,
+    machine: str,
+    features: dict[str, bool],
+    ffi_version: tuple[int, int] | None,
+) -> Blocks | str:
+    """Which loops a machine gets, or why none.
+
+    Args:
+        setting: value of `JAXUNET_CPU_LOOPS`; empty if it is not set.
+        system, machine: as `sys.platform` and `platform.machine()`.
+        features: of the processor, by LLVM's names.
+        ffi_version: of XLA's foreign function interface, major and minor; None if unknown.
+
+    Raises:
+        ConfigError: see `blocks`.
+    """
+    if setting not in ("", "1", "0", "avx2"):
+        raise ConfigError(
+            f"The environment variable {SWITCH} is {setting!r}; it must be 0 (loops off), avx2 "
+            "(not wider than AVX2), or 1, as if it were not set."
+        )
+    if setting == "0":
+        return f"{SWITCH} is 0"
+    if setting == "avx2":
+        features = {name: features.get(name, False) for name in ("avx2", "fma")}
+    if system not in ("linux", "darwin"):
+        return f"there are none for {system}"
+    if ffi_version is None:
+        return "jaxlib doesn't tell the version of its foreign function interface"
+    # A minor version adds to the structures; a major one may move what is in them.
+    if ffi_version[0] != FFI_VERSION[0] or ffi_version < FFI_VERSION:
+        theirs, ours = (".".join(map(str, v)) for v in (ffi_version, FFI_VERSION))
+        return f"jaxlib's foreign function interface is {theirs}, not {ours} or a later minor"
+    found = blocks_for(machine, features)
+    if found is None and setting == "avx2":
+        raise ConfigError(
+            f"The environment variable {SWITCH} is avx2, but this processor ({machine}) has no "
+            "AVX2 with FMA; leave it unset, or set it to 0."
+        )
+    return found or f"there are none for this processor ({machine})"
 
 
 def register(blocks: Blocks, engine: llvm.ExecutionEngine) -> None:

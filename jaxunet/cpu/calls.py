@@ -34,7 +34,8 @@ from jaxunet.cpu.emit import (
 
 FFI_VERSION = (0, 3)
 """The version of XLA's foreign function interface whose structures are laid out so, in bytes
-(`xla/ffi/api/c_api.h` among jaxlib's files)."""
+(`xla/ffi/api/c_api.h` among jaxlib's files). Later minor versions only add to their ends, and
+XLA serves a function by the version that it answers: this one, whichever XLA asks."""
 FRAME = {"extension": 8, "api": 16, "context": 24, "arguments": 72, "results": 112}
 BUFFER = {"data": 24, "rank": 32, "dimensions": 40}
 API = {"destroy_error": 64, "schedule": 136, "threads": 144}
