@@ -12,6 +12,8 @@ from jaxtyping import Float, UInt8
 
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config
+from jaxunet.errors import RunError
+from jaxunet.finite import not_finite
 from jaxunet.parallel import Strategy
 from jaxunet.run import config_of_main, load_config
 from jaxunet.steps import Recipe, init_state, make_recipe, predict_step
@@ -41,7 +43,8 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
     """The latest or the best checkpoint of `run`.
 
     Raises:
-        RunError: `run` is no run directory or has no checkpoint that fits its configuration.
+        RunError: `run` is no run directory or has no checkpoint that fits its configuration,
+            or its weights are not finite.
     """
     config = config_of_main(lambda: load_config(run))
     recipe = make_recipe(config, total_steps=_SCHEDULE_IS_IRRELEVANT)
@@ -51,6 +54,11 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
         step, state, progress = checkpoints.restore(which, like)
     finally:
         checkpoints.close()
+    if reason := not_finite(state.variables):
+        raise RunError(
+            f"The {which} checkpoint of {run}, of step {step}, is of no use: {reason}. Take "
+            "another checkpoint, or train anew with a smaller optimizer.learning_rate."
+        )
     return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
 
 
