@@ -126,15 +126,15 @@ def _counted(run: Path) -> dict[str, int]:
 
 
 def _check_memory(weights: Path, recipe: Recipe, variables: dict[str, Any]) -> None:
-    """Tell before it is made: the optimizer's state is once or twice as large as the weights."""
+    """The optimizer's state is up to twice as large as the weights; tell before it is made."""
     state = jax.eval_shape(partial(state_from_variables, recipe), variables)
     leaves = jax.tree.leaves(state)
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if needed > (there := _memory()):
         raise DataError(
             f"{weights} makes a run whose training state takes {needed / 1e9:.1f} GB, with the "
-            f"optimizer's, but this machine has {there / 1e9:.1f} GB. Import it on a larger one, "
-            "or choose optimizer.name 'sgd' and no optimizer.ema_decay."
+            f"optimizer's, but this machine has {there / 1e9:.1f} GB. Import it on a larger "
+            "one, or choose optimizer.name 'sgd' and no optimizer.ema_decay."
         )
 
 

@@ -1,15 +1,11 @@
 """PyTorch weight files (`.pth`, `.pt`, `.safetensors`) to and from NumPy arrays.
 
-A file from a stranger runs no code: pickles are read with `torch.load(weights_only=True)`,
-which makes tensors and plain containers and refuses everything else. Nor does it take more
-memory than its own length: what it declares is compared with that before anything is made.
+A file from a stranger takes no more memory than its own length: what it declares is compared
+with that before anything is made. Nor does it run code: see `jaxunet.interop.pickles`.
 """
 
 import io
-import pickletools
-import re
 import stat
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +18,7 @@ import numpy as np
 from jaxunet.errors import ConfigError, DataError
 from jaxunet.files import unwritable, write_atomically
 from jaxunet.interop.layouts import prefixes, shown
+from jaxunet.interop.pickles import extra_is_missing, read_pickle, torch_module
 
 State = dict[str, np.ndarray]
 
@@ -32,34 +29,17 @@ WRAPPERS = ("state_dict", "model_state_dict")
 """Keys under which training scripts keep the weights, beside averaged ones and the like. They
 go before other dictionaries; of those, exactly one must hold weights."""
 
-# safetensors' names of the floating-point types that NumPy lacks.
-_NARROW = {
+# By safetensors' names.
+_TYPES: dict[str, Any] = {f"F{bits}": f"<f{bits // 8}" for bits in (64, 32, 16)}
+_TYPES |= {
+    f"{sign}{8 * size}": f"<{sign.lower()}{size}" for sign in "IU" for size in (8, 4, 2, 1)
+}
+_TYPES |= {
+    "BOOL": "?",
     "BF16": jnp.bfloat16,
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2,
 }
-_PLAIN = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-
-# What a pickle of tensors and plain containers asks for. `torch.load` allows more, of which
-# some make as much memory as a number says: bytearray, or a stretched tensor cast to a type.
-_PLAIN_GLOBALS = re.compile(
-    r"collections (OrderedDict|Counter)|_codecs encode|(__builtin__|builtins) set"
-    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter)|torch(\.storage)? \w+(?<!Tensor)"
-)
-_LEGACY_PICKLES = 5  # before torch 1.6: magic, protocol, system, the object, storage keys
 
 
 @dataclass(frozen=True)
@@ -79,27 +59,12 @@ class Weights:
     left_out: list[str]
 
 
-def _torch() -> ModuleType:
-    try:
-        import torch
-    except ImportError as error:
-        raise _extra_is_missing("PyTorch") from error
-    return torch
-
-
 def _safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise _extra_is_missing("safetensors") from error
+        raise extra_is_missing("safetensors") from error
     return safetensors
-
-
-def _extra_is_missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"{package} is not installed, and these weights need it. Install the extra [torch]: "
-        "pip install 'jaxunet[torch]'."
-    )
 
 
 def load_weights(path: Path) -> Weights:
@@ -123,7 +88,7 @@ def load_weights(path: Path) -> Weights:
     if contents[8:9] == b"{" and int.from_bytes(contents[:8], "little") <= len(contents):
         found: Mapping[Any, Any] = _read_safetensors(path, contents)
     else:
-        found = _read_pickle(path, contents)
+        found = read_pickle(path, contents)
     where, prefix, values = _network(path, found)
     names = [name for name in values if name not in IGNORED]
     left_out = [_text(name) for name in names if not _starts(name, prefix)]
@@ -220,82 +185,20 @@ def _dictionaries(found: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, 
 
 def _read_safetensors(path: Path, contents: bytes) -> State:
     reader = _safetensors()
-    types = _PLAIN | _NARROW
     try:
         tensors = reader.deserialize(contents)
     except Exception as error:  # whatever a broken file makes the reader raise
         raise DataError(f"{path} is not a readable .safetensors file: {error}") from error
     state = {}
     for name, tensor in tensors:
-        if tensor["dtype"] not in types:
+        if tensor["dtype"] not in _TYPES:
             raise DataError(
                 f"{path}: {shown(name)} is of type {tensor['dtype']}; known: "
-                f"{', '.join(types)}."
+                f"{', '.join(_TYPES)}."
             )
-        values = np.frombuffer(tensor["data"], types[tensor["dtype"]])
+        values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
         state[name] = values.reshape(tensor["shape"])
     return state
-
-
-def _read_pickle(path: Path, contents: bytes) -> Mapping[Any, Any]:
-    torch = _torch()
-    try:
-        reason = _unfit(contents)
-        if not reason:
-            found = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile pickle can make it raise anything
-        # Not PyTorch's own message, which says how to load the file in spite of it.
-        raise _not_loaded(path, "it is none, or damaged") from error
-    if reason:
-        raise _not_loaded(path, reason)
-    if not isinstance(found, Mapping):
-        raise DataError(f"{path} holds a {type(found).__name__}, not a state_dict.")
-    return found
-
-
-def _not_loaded(path: Path, reason: str) -> DataError:
-    return DataError(
-        f"{path} was not loaded as a PyTorch weight file: {reason}. Ask for a "
-        ".safetensors, or, if you trust it, save its weights alone with "
-        "torch.save(model.state_dict(), FILE)."
-    )
-
-
-def _unfit(contents: bytes) -> str:
-    """Why `torch.load` is not to have this file; nothing if it may.
-
-    Raises:
-        ValueError, zipfile.BadZipFile: it is no such file, or damaged.
-    """
-    pickles: list[io.BytesIO] = []
-    if contents.startswith(b"PK\x03\x04"):
-        archive = zipfile.ZipFile(io.BytesIO(contents))
-        members = archive.infolist()
-        unpacked = sum(member.file_size for member in members)
-        if unpacked > len(contents):
-            return (
-                f"its {len(contents)} bytes would unpack to {unpacked}, and torch.save "
-                "compresses nothing"
-            )
-        # PyTorch's reader of archives looks names up without regard to case.
-        named = {member.filename.lower().rpartition("/")[2]: member for member in members}
-        if "constants.pkl" in named:
-            return "it is a TorchScript archive"
-        pickles = [
-            io.BytesIO(archive.read(member))
-            for member in members
-            if member.filename.lower().endswith("data.pkl")
-        ]
-    else:
-        pickles = [io.BytesIO(contents)] * _LEGACY_PICKLES  # each read on from the one before
-    for pickled in pickles:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name == "GLOBAL" and not _PLAIN_GLOBALS.fullmatch(str(argument)):
-                wanted = shown(str(argument).replace(" ", "."))
-                if wanted.startswith("torch."):
-                    return f"it holds more than plain tensors ({wanted})"
-                return f"it would run code ({wanted})"
-    return ""
 
 
 def check_target(path: Path) -> None:
@@ -309,7 +212,7 @@ def check_target(path: Path) -> None:
     if path.suffix == ".safetensors":
         _safetensors()
     elif path.suffix in (".pth", ".pt"):
-        _torch()
+        torch_module()
     else:
         raise ConfigError(
             f"{path} ends with {path.suffix!r}, but must end with .pth, .pt or .safetensors."
@@ -331,7 +234,7 @@ def save_weights(path: Path, state: State) -> None:
     if path.suffix == ".safetensors":
         contents = _safetensors().numpy.save(arrays)
     else:
-        torch = _torch()
+        torch = torch_module()
         buffer = io.BytesIO()
         torch.save({n: torch.from_numpy(v.copy()) for n, v in arrays.items()}, buffer)
         contents = buffer.getvalue()
