@@ -23,14 +23,3 @@ def write_atomically(path: Path, contents: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def unwritable(folder: Path) -> str:
-    """What keeps `folder` from being made or written to, told without doing so; else ''."""
-    try:
-        there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-        if not there.is_dir():
-            return f"{there} is no directory"
-        return "" if os.access(there, os.W_OK) else f"{there} may not be written to"
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        return str(error.strerror)

@@ -15,14 +15,14 @@ import numpy as np
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config, to_dict
 from jaxunet.errors import DataError, RunError
-from jaxunet.files import unwritable, write_json
+from jaxunet.files import write_json
 from jaxunet.interop.layouts import LayoutName, layout_of
 from jaxunet.interop.pytorch import (
     counters,
     state_dict_from_variables,
     variables_from_state_dict,
 )
-from jaxunet.interop.weight_files import check_target, load_weights, save_weights
+from jaxunet.interop.weight_files import check_target, load_weights, save_weights, unwritable
 from jaxunet.run import RunDirectory
 from jaxunet.steps import Recipe, make_recipe, state_from_variables
 from jaxunet.trained import load

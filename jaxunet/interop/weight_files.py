@@ -5,6 +5,7 @@ with that before anything is made. Nor does it run code: see `jaxunet.interop.pi
 """
 
 import io
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxunet.errors import ConfigError, DataError
-from jaxunet.files import unwritable, write_atomically
+from jaxunet.files import write_atomically
 from jaxunet.interop.layouts import prefixes, shown
 from jaxunet.interop.pickles import extra_is_missing, read_pickle, torch_module
 
@@ -151,7 +152,7 @@ def _network(path: Path, found: Mapping[Any, Any]) -> tuple[str, str, Mapping[An
         places = [place for place in places if place[0] == wrapper] or places
     if len(places) > 1:
         named = [
-            f"{shown(where + '.' * bool(where) + prefix)!r}" for where, prefix, _ in places
+            shown(".".join(filter(None, place[:2]))) or "no name at all" for place in places
         ]
         raise DataError(
             f"{path} holds the weights of {len(places)} networks, under "
@@ -199,6 +200,17 @@ def _read_safetensors(path: Path, contents: bytes) -> State:
         values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
         state[name] = values.reshape(tensor["shape"])
     return state
+
+
+def unwritable(folder: Path) -> str:
+    """What keeps `folder` from being made or written to, told without doing so; else ''."""
+    try:
+        there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+        if not there.is_dir():
+            return f"{there} is no directory"
+        return "" if os.access(there, os.W_OK) else f"{there} may not be written to"
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        return str(error.strerror)
 
 
 def check_target(path: Path) -> None:

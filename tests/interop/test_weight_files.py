@@ -8,6 +8,7 @@ import pickle
 import time
 import tracemalloc
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,10 @@ import torch
 from pytorch_designs import MilesialUNet, ReferenceUNet, arrays, enliven
 
 from jaxunet.errors import ConfigError, DataError
-from jaxunet.files import unwritable
 from jaxunet.finite import not_finite
 from jaxunet.interop.layouts import prefixes, recognize, shown
 from jaxunet.interop.pytorch import counters, variables_from_state_dict
-from jaxunet.interop.weight_files import check_target, load_weights, save_weights
+from jaxunet.interop.weight_files import check_target, load_weights, save_weights, unwritable
 
 PREFIXES = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "net.unet.module."]
 
@@ -86,11 +86,11 @@ def test_of_several_networks_the_usual_key_is_taken_or_all_are_named(tmp_path):
         assert weights.dictionary == key
         assert_same(weights.state, mine)
     for value, named in (
-        ({"student": mine, "teacher": other}, "'teacher'.*'student'|'student'.*'teacher'"),
-        (prefixed(mine, "model.") | prefixed(other, "ema.module."), "'model.', 'ema.module.'"),
-        ({**mine, "ema": other}, "'', 'ema'"),
+        ({"student": mine, "teacher": other}, "teacher, student"),
+        (prefixed(mine, "model.") | prefixed(other, "ema.module."), "model., ema.module."),
+        ({**mine, "ema": other}, "no name at all, ema"),
     ):
-        with pytest.raises(DataError, match=f"2 networks.*({named}).*Save the one"):
+        with pytest.raises(DataError, match=f"2 networks, under {named}. Save the one"):
             load_weights(saved(path, value))
 
 
@@ -112,7 +112,7 @@ def test_weights_of_every_floating_type_become_float32(dtype, suffix, tmp_path):
     ("name", "change", "message"),
     [
         ("upConv1.0.bias", lambda t: t.index_fill(0, torch.tensor([1]), math.nan), "1 values"),
-        ("downConv2.0.weight", lambda t: t / 0, "576? values that are not finite"),
+        ("downConv2.0.weight", lambda t: t / 0, "72 values that are not finite, of 72"),
         ("out.weight", lambda t: t.double() + 1e300, "2 values that are not finite, of 2"),
         ("out.weight", lambda t: t.to(torch.complex64), "is complex64, expected floating"),
         ("out.bias", lambda t: t > 0, "is bool, expected floating"),
@@ -221,12 +221,12 @@ def rezipped(contents: bytes, compression: int) -> bytes:
 
 
 def test_an_archive_that_unpacks_to_more_than_its_length_is_refused(tmp_path):
-    state = {**reference(), "upConv1.0.weight": torch.zeros(8, 16, 512, 512)}
+    state = {**reference(), "upConv1.0.weight": torch.zeros(8, 16, 128, 128)}
     path = saved(tmp_path / "w.pth", state)
     contents = path.read_bytes()
     path.write_bytes(rezipped(contents, zipfile.ZIP_DEFLATED))
-    assert path.stat().st_size < len(contents) / 100
-    refused(path, f"its {path.stat().st_size} bytes would unpack to {2**27}".replace("728", ""))
+    assert path.stat().st_size < len(contents) / 50
+    refused(path, rf"its {path.stat().st_size} bytes would unpack to 83\d{{5}},", megabytes=1)
     saved(path, reference())
     path.write_bytes(rezipped(path.read_bytes(), zipfile.ZIP_STORED))
     assert_same(load_weights(path).state, reference())
@@ -259,9 +259,8 @@ class Calls:
         (Calls(torch.FloatTensor, 2**34), r"more than plain tensors \(torch\.FloatTensor\)"),
         (torch.ones(2).to_sparse(), r"more than plain.*_rebuild_sparse_tensor"),
         (torch.ones(2, device="meta"), r"more than plain.*_rebuild_meta_tensor_no_storage"),
-        (torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8), "more than.*qtensor"),
     ],
-    ids=["bytearray", "empty", "sparse", "meta", "quantised"],
+    ids=["bytearray", "empty", "sparse", "meta"],
 )
 @pytest.mark.parametrize("legacy", [False, True])
 def test_what_makes_memory_out_of_a_number_is_refused(value, message, legacy, tmp_path):
@@ -285,13 +284,13 @@ def test_a_storage_declared_in_an_old_file_without_its_values_is_refused(tmp_pat
 
 def test_ordinary_checkpoints_are_not_taken_for_hostile_ones(tmp_path):
     model = MilesialUNet(2, depth=3)
-    optimizer = torch.optim.AdamW(model.parameters())
-    sum(p.sum() for p in model.parameters()).backward()
-    optimizer.step()
+    moments = {
+        i: {"step": torch.tensor(1.0), "exp_avg": p} for i, p in enumerate(model.parameters())
+    }
     checkpoint = {
-        "net": torch.nn.DataParallel(model).state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict(),
+        "net": prefixed(model.state_dict(), "module."),
+        "optimizer": {"state": moments, "param_groups": [{"betas": (0.9, 0.999), "lr": 1e-3}]},
+        "scheduler": {"milestones": Counter({3: 1}), "last_lr": [1e-4]},
         "parameters": list(model.parameters()),
         "rng": torch.get_rng_state(),
         "about": {
@@ -310,7 +309,8 @@ def test_ordinary_checkpoints_are_not_taken_for_hostile_ones(tmp_path):
 
 def test_what_is_no_state_dict_is_named_for_what_it_is(tmp_path):
     path = tmp_path / "w.pth"
-    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+    with zipfile.ZipFile(path, "w") as archive:  # as torch.jit.save's
+        archive.writestr("w/constants.pkl", b")\x85.")
     refused(path, "TorchScript")
     refused(saved(path, {**reference(), 3: torch.ones(1)}), "no tensors: <int>")
     refused(saved(path, {**reference(), "bad\x1b[2J": 1}), r"no tensors: 'bad\\x1b\[2J'\.\.\.")
