@@ -16,9 +16,10 @@ from jaxunet.interop.runs import export_weights
 @dataclass(frozen=True)
 class Arguments:
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory of experiments/train.py."""
+    """Run directory of experiments/train.py or import_pytorch.py."""
     out: Path
-    """File to write, .pth, .pt or .safetensors; it loads with strict=True."""
+    """File to write, .pth, .pt or .safetensors; it loads with strict=True. The averaged weights
+    where the run has some (--optimizer.ema-decay)."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint: the last one, or the best on the validation split."""
 

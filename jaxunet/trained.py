@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config
 from jaxunet.errors import RunError
+from jaxunet.finite import not_finite
 from jaxunet.parallel import Strategy
 from jaxunet.run import config_of_main, load_config
 from jaxunet.steps import Recipe, init_state, make_recipe, predict_step
@@ -53,10 +54,10 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
         step, state, progress = checkpoints.restore(which, like)
     finally:
         checkpoints.close()
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables)):
+    if reason := not_finite(state.variables):
         raise RunError(
-            f"The weights of step {step} of {run} are not finite, so nothing can be computed "
-            "with them. Use another checkpoint, or train or import anew."
+            f"The {which} checkpoint of {run}, of step {step}, is of no use: {reason}. Take "
+            "another checkpoint, or train anew with a smaller optimizer.learning_rate."
         )
     return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
 

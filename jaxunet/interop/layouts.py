@@ -11,8 +11,9 @@ it becomes. Import, export and the messages about what doesn't fit all follow th
 Both count upwards from the bottom: `upTrans1` and `up1` are the coarsest.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,10 +56,33 @@ REQUIREMENTS: dict[LayoutName, dict[str, object]] = {
     "milesial": {"norm": "batch", "skip": "pad", "concat": "skip_first"},
 }
 
+# At the start of a name, or behind the dot that ends a prefix.
 _OWN_NAMES: dict[LayoutName, re.Pattern[str]] = {
-    "reference": re.compile(r"(downConv|upTrans|upConv)(\d+)\.|out\."),
-    "milesial": re.compile(r"(down|up)(\d+)\.(maxpool_conv|conv|up)\.|(inc|outc)\."),
+    "reference": re.compile(r"(?<![^.])(?:(downConv|upTrans|upConv)(\d{1,9})\.|out\.)"),
+    "milesial": re.compile(
+        r"(?<![^.])(?:(down|up)(\d{1,9})\.(maxpool_conv|conv|up)\.|(inc|outc)\.)"
+    ),
 }
+
+
+def _depth(match: re.Match[str]) -> int:
+    """The levels that a U-Net has at least, if one of its tensors has this name."""
+    return int(match[2]) + (match[1] != "downConv") if match[2] else 0
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """Those under which tensors of two levels or more of a known layout stand.
+
+    Wrappers put them before the layout's own names: `module.` (DataParallel), `_orig_mod.`
+    (torch.compile), the attribute of a Lightning module. The empty one is one of them.
+    """
+    depths: dict[str, int] = {}
+    for name in names:
+        for pattern in _OWN_NAMES.values():
+            if match := pattern.search(name):
+                prefix = name[: match.start()]
+                depths[prefix] = max(depths.get(prefix, 0), _depth(match))
+    return [prefix for prefix, depth in depths.items() if depth >= 2]
 
 
 def layout_of(config: ModelConfig) -> LayoutName:
@@ -176,6 +200,11 @@ def _head(name: str, config: ModelConfig) -> Iterator[Entry]:
     yield Entry(f"{name}.bias", ("params", "head", "bias"), shape[:1], "vector")
 
 
+def shown(name: str) -> str:
+    """A name out of a stranger's file, fit to be printed: one short line."""
+    return name if name.isprintable() and len(name) <= 100 else f"{name[:100]!a}..."
+
+
 def recognize(shapes: Mapping[str, Shape]) -> tuple[LayoutName, ModelConfig]:
     """The layout and the configuration that names and shapes of tensors speak of.
 
@@ -189,12 +218,22 @@ def recognize(shapes: Mapping[str, Shape]) -> tuple[LayoutName, ModelConfig]:
         for layout, pattern in _OWN_NAMES.items()
     }
     layout = max(own, key=lambda name: len(own[name]))
-    numbers = [int(match[2]) + (match[1] != "downConv") for match in own[layout] if match[2]]
-    if not numbers or max(numbers) < 2:
+    depth = max(map(_depth, own[layout]), default=0)
+    if depth < 2:
         raise DataError(
             "These are not the weights of a U-Net that jaxunet knows. Known: the reference "
             "(downConv1.0.weight, upTrans1.weight, ...) and milesial/Pytorch-UNet "
-            f"(inc.double_conv.0.weight, ...). Found: {', '.join(list(shapes)[:6])}, ..."
+            f"(inc.double_conv.0.weight, ...). Found: "
+            f"{', '.join(map(shown, list(shapes)[:6])) or 'nothing'}."
+        )
+    # Channels double at each level: a 3x3 kernel of the last has 9 * 4**(depth - 1) values
+    # or more. Told by its bits, for the number itself may be too large to be made.
+    values = sum(map(math.prod, shapes.values()))
+    if 2 * (depth - 1) >= values.bit_length():
+        raise DataError(
+            f"A tensor is named for level {depth}, but a U-Net of {depth} levels has more "
+            f"weights than the {values} values that are here. The file is damaged, or of "
+            "another design."
         )
     known = dict(REQUIREMENTS[layout])
     if layout == "milesial":
@@ -207,7 +246,7 @@ def recognize(shapes: Mapping[str, Shape]) -> tuple[LayoutName, ModelConfig]:
         }
     # Of width 2 first: every first dimension is proportional to it, but the head's. What is
     # known are fields of several types, by name, which mypy doesn't follow.
-    config = ModelConfig(width=2, depth=max(numbers), **known)  # type: ignore[arg-type]
+    config = ModelConfig(width=2, depth=depth, **known)  # type: ignore[arg-type]
     votes: list[int] = []
     logits: list[int] = []
     for entry in entries(layout, config):

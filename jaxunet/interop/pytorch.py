@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxunet.config import ModelConfig
 from jaxunet.errors import DataError
-from jaxunet.interop.layouts import Entry, LayoutName, entries, recognize
+from jaxunet.finite import not_finite
+from jaxunet.interop.layouts import Entry, LayoutName, entries, recognize, shown
 from jaxunet.interop.weight_files import State
 
 LISTED = 12  # problems that a message names before it only counts them
@@ -34,6 +35,19 @@ def _to_tensor(entry: Entry, variable: np.ndarray) -> np.ndarray:
     return np.array(variable, np.float32, order="C")
 
 
+def _wrong_values(entry: Entry, tensor: np.ndarray) -> str:
+    counter = entry.kind == "counter"
+    if tensor.dtype.kind not in ("iu" if counter else "f"):
+        expected = "integer" if counter else "floating point"
+        return f"{entry.name} is {tensor.dtype}, expected {expected}"
+    if counter:
+        counted = int(tensor)
+        return "" if 0 <= counted < 2**53 else f"{entry.name} is {counted}, expected a count"
+    if entry.path[-1] == "var" and (tensor < 0).any():
+        return f"{entry.name} holds {(tensor < 0).sum()} variances below zero"
+    return not_finite({entry.name: tensor})
+
+
 def variables_from_state_dict(
     state: State,
 ) -> tuple[ModelConfig, LayoutName, dict[str, Any]]:
@@ -43,7 +57,8 @@ def variables_from_state_dict(
 
     Raises:
         DataError: the layout is unknown, or keys are missing, left over or of the wrong
-            shape or type; all are named, with what was expected.
+            shape or type, hold values that are not finite, variances below zero or counts
+            that are none; all are named, with what was expected.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     layout, config = recognize(shapes)
@@ -55,10 +70,9 @@ def variables_from_state_dict(
         elif shapes[name] != entry.shape:
             found = list(shapes[name])
             problems.append(f"{name} is {found}, expected {list(entry.shape)}")
-        elif (state[name].dtype.kind == "f") == (entry.kind == "counter"):
-            kind = "integer" if entry.kind == "counter" else "floating point"
-            problems.append(f"{name} is {state[name].dtype}, expected {kind}")
-    problems += [f"{name} is left over" for name in state if name not in expected]
+        elif problem := _wrong_values(entry, state[name]):
+            problems.append(problem)
+    problems += [f"{shown(name)} is left over" for name in state if name not in expected]
     if problems:
         more = len(problems) - LISTED
         raise DataError(

@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import math
+import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config, to_dict
-from jaxunet.errors import DataError
+from jaxunet.errors import DataError, RunError
 from jaxunet.files import write_json
 from jaxunet.interop.layouts import LayoutName, layout_of
 from jaxunet.interop.pytorch import (
@@ -18,15 +22,18 @@ from jaxunet.interop.pytorch import (
     state_dict_from_variables,
     variables_from_state_dict,
 )
-from jaxunet.interop.weight_files import load_weights, save_weights
+from jaxunet.interop.weight_files import check_target, load_weights, save_weights, unwritable
 from jaxunet.run import RunDirectory
-from jaxunet.steps import make_recipe, state_from_variables
+from jaxunet.steps import Recipe, make_recipe, state_from_variables
 from jaxunet.trained import load
 from jaxunet.training import Progress
 from jaxunet.unet import count_parameters
 
 IMPORT_FILE = "pytorch.json"
-"""In an imported run: the weight file's name, SHA-256, layout and batch counters."""
+"""In an imported run: the weight file's name and SHA-256, what of it was taken and as what,
+and its batch counters."""
+
+_ANY_LENGTH = 2**31 - 1  # of the schedule, which the state before the first step is free of
 
 
 def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, LayoutName]:
@@ -36,22 +43,29 @@ def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, La
     `train.py --resume` fine-tunes it.
 
     Args:
-        config: data, optimizer and training; its model is replaced by the weights' own.
+        config: data, optimizer and training, as the run is to be evaluated and fine-tuned; its
+            model is replaced by the weights' own.
 
     Returns:
         The run's configuration, and the layout that was recognised.
 
     Raises:
-        DataError: the weights can't be loaded or fit no model; nothing is written then.
+        DataError: the weights can't be loaded, fit no model or are not finite; nothing is
+            written then.
         RunError: `out` is not empty or can't be written to.
     """
-    state = load_weights(weights)
+    if reason := unwritable(out):
+        raise RunError(f"--out {out} cannot be written to: {reason}.")
+    if out.exists():  # a run that stands there is named before the weights are read
+        RunDirectory(out, config, resume=False).close()
+    found = load_weights(weights)
     try:
-        model, layout, variables = variables_from_state_dict(state)
+        model, layout, variables = variables_from_state_dict(found.state)
     except DataError as error:
         raise DataError(f"{weights} cannot be imported. {error}") from error
     config = replace(config, model=model)
     recipe = make_recipe(config)
+    _check_memory(weights, recipe, variables)
     train_state = jax.tree.map(np.asarray, state_from_variables(recipe, variables))
     with RunDirectory(out, config, resume=False) as run:
         checkpoints = Checkpoints(out / "checkpoints", config.train.best_metric)
@@ -63,9 +77,12 @@ def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, La
         record = {
             "weights": weights.name,
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "dictionary": found.dictionary,
+            "prefix": found.prefix,
+            "left_out": found.left_out,
             "layout": layout,
             "parameters": count_parameters(variables["params"]),
-            "num_batches_tracked": counters(state),
+            "num_batches_tracked": counters(found.state),
         }
         write_json(out / IMPORT_FILE, record)
         run.write_config({"name": config.data.name, "imported_from": weights.name})
@@ -79,17 +96,48 @@ def export_weights(run: Path, path: Path, which: Which = "latest") -> LayoutName
     counts the run's steps on top of what an import brought.
 
     Raises:
-        RunError: `run` is no run directory or has no checkpoint.
+        RunError: `run` is no run directory, has no checkpoint, or its weights are not finite.
         ConfigError: the model has no PyTorch layout, or `path` names no known format.
+        DataError: `path` cannot be written.
     """
+    check_target(path)
     model = load(run, which)
     layout = layout_of(model.config.model)
-    imported = run / IMPORT_FILE
-    counted = {}
-    if imported.exists():
-        counted = json.loads(imported.read_text(encoding="utf-8"))["num_batches_tracked"]
     state = state_dict_from_variables(
-        model.config.model, model.variables, layout, counted=counted, steps=model.step
+        model.config.model, model.variables, layout, counted=_counted(run), steps=model.step
     )
     save_weights(path, state)
     return layout
+
+
+def _counted(run: Path) -> dict[str, int]:
+    """The batch counters that an import brought; of another run there are none."""
+    path = run / IMPORT_FILE
+    if not path.exists():
+        return {}
+    try:
+        counted = json.loads(path.read_bytes())["num_batches_tracked"]
+        return {str(name): int(count) for name, count in counted.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"{path} is not the record of an import: {error!r}. Import the weights again, or "
+            "move it away, and num_batches_tracked counts from 0."
+        ) from error
+
+
+def _check_memory(weights: Path, recipe: Recipe, variables: dict[str, Any]) -> None:
+    """The optimizer's state is up to twice as large as the weights; tell before it is made."""
+    state = jax.eval_shape(partial(state_from_variables, recipe), variables)
+    leaves = jax.tree.leaves(state)
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    if needed > (there := _memory()):
+        raise DataError(
+            f"{weights} makes a run whose training state takes {needed / 1e9:.1f} GB, with the "
+            f"optimizer's, but this machine has {there / 1e9:.1f} GB. Import it on a larger "
+            "one, or choose optimizer.name 'sgd' and no optimizer.ema_decay."
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,20 +1,25 @@
 """PyTorch weight files (`.pth`, `.pt`, `.safetensors`) to and from NumPy arrays.
 
-A file from a stranger runs no code: pickles are read with `torch.load(weights_only=True)`,
-which makes tensors and plain containers and refuses everything else.
+A file from a stranger takes no more memory than its own length: what it declares is compared
+with that before anything is made. Nor does it run code: see `jaxunet.interop.pickles`.
 """
 
 import io
-import re
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxunet.errors import ConfigError, DataError
 from jaxunet.files import write_atomically
+from jaxunet.interop.layouts import prefixes, shown
+from jaxunet.interop.pickles import extra_is_missing, read_pickle, torch_module
 
 State = dict[str, np.ndarray]
 
@@ -22,132 +27,229 @@ IGNORED = ("mask_values",)
 """Entries that are no weights and are left out: milesial/Pytorch-UNet notes the values that
 its masks had."""
 WRAPPERS = ("state_dict", "model_state_dict")
-"""Keys under which training scripts keep the weights, beside optimizer state and the like."""
-PARALLEL_PREFIX = "module."  # torch.nn.DataParallel's
+"""Keys under which training scripts keep the weights, beside averaged ones and the like. They
+go before other dictionaries; of those, exactly one must hold weights."""
+
+# By safetensors' names.
+_TYPES: dict[str, Any] = {f"F{bits}": f"<f{bits // 8}" for bits in (64, 32, 16)}
+_TYPES |= {
+    f"{sign}{8 * size}": f"<{sign.lower()}{size}" for sign in "IU" for size in (8, 4, 2, 1)
+}
+_TYPES |= {
+    "BOOL": "?",
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+}
 
 
-def _torch() -> ModuleType:
-    try:
-        import torch
-    except ImportError as error:
-        raise _extra_is_missing("PyTorch") from error
-    return torch
+@dataclass(frozen=True)
+class Weights:
+    """What was taken from a weight file.
+
+    Attributes:
+        state: tensors by the layout's own names; floating-point ones are float32.
+        dictionary: the key, or keys with dots between, of the dictionary they stood in.
+        prefix: what stood before each name.
+        left_out: entries of that dictionary without the prefix: no part of the network.
+    """
+
+    state: State
+    dictionary: str
+    prefix: str
+    left_out: list[str]
 
 
 def _safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise _extra_is_missing("safetensors") from error
-    return safetensors.numpy
+        raise extra_is_missing("safetensors") from error
+    return safetensors
 
 
-def _extra_is_missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"{package} is not installed, and these weights need it. Install the extra [torch]: "
-        "pip install 'jaxunet[torch]'."
-    )
-
-
-def load_weights(path: Path) -> State:
-    """The tensors of a weight file, by name; which kind of file it is shows in its content.
+def load_weights(path: Path) -> Weights:
+    """The network's tensors in a weight file; what kind of file it is shows in its content.
 
     Half-precision tensors become float32, which loses nothing; float64 ones too, and are
     rounded.
 
     Raises:
-        DataError: the file is not there, is neither kind, would run code, or holds
-            something that is no tensor.
+        DataError: the file is not there, is neither kind, would run code or take more memory
+            than its length, holds several networks, or something that is no tensor.
         ConfigError: the extra `[torch]` is not installed.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise DataError(f"{path} cannot be read: it is a device or a pipe, not a file.")
         contents = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     # safetensors: the length of a JSON header in eight bytes, then the header.
     if contents[8:9] == b"{" and int.from_bytes(contents[:8], "little") <= len(contents):
-        found: Mapping[str, Any] = _read_safetensors(path, contents)
+        found: Mapping[Any, Any] = _read_safetensors(path, contents)
     else:
-        found = _read_pickle(path, contents)
-    for wrapper in WRAPPERS:
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    found = {name: value for name, value in found.items() if name not in IGNORED}
-    wrong = [str(name) for name, value in found.items() if not isinstance(value, np.ndarray)]
+        found = read_pickle(path, contents)
+    where, prefix, values = _network(path, found)
+    names = [name for name in values if name not in IGNORED]
+    left_out = [_text(name) for name in names if not _starts(name, prefix)]
+    inside = [name for name in names if _starts(name, prefix)]
+    wrong = [_text(n) for n in inside if not (isinstance(n, str) and _is_tensor(values[n]))]
     if wrong:
         raise DataError(
             f"{path} holds entries that are no tensors: {', '.join(wrong[:12])}. Expected a "
-            f"state_dict, alone or under {' or '.join(WRAPPERS)}."
+            "state_dict, alone or in a dictionary."
         )
-    if found and all(name.startswith(PARALLEL_PREFIX) for name in found):
-        found = {name.removeprefix(PARALLEL_PREFIX): value for name, value in found.items()}
-    return {
-        name: value.astype(np.float32) if value.dtype.kind in "fV" else value
-        for name, value in found.items()
-    }
+    taken = {name[len(prefix) :]: values[name] for name in inside}
+    declared = sum(value.nbytes for value in taken.values())
+    if declared > len(contents):
+        raise DataError(
+            f"{path} has {len(contents)} bytes, but its tensors would take {declared}: they "
+            "repeat values instead of holding them. Save them anew, each after .contiguous()."
+        )
+    state = {name: _array(path, name, value) for name, value in taken.items()}
+    return Weights(state, where, prefix, left_out)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "is_floating_point")
+
+
+def _starts(name: Any, prefix: str) -> bool:
+    return not prefix or (isinstance(name, str) and name.startswith(prefix))
+
+
+def _text(name: Any) -> str:
+    return shown(name) if isinstance(name, str) else f"<{type(name).__name__}>"
+
+
+def _array(path: Path, name: str, value: Any) -> np.ndarray:
+    if not isinstance(value, np.ndarray):
+        try:
+            value = (value.float() if value.is_floating_point() else value).numpy(force=True)
+        except (RuntimeError, TypeError) as error:  # types that are there to be stored only
+            raise DataError(
+                f"{path}: {shown(name)} is {value.dtype}, which has no values to read; save "
+                "it as float32."
+            ) from error
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    with np.errstate(over="ignore"):  # float64 beyond float32: infinite, and refused as such
+        return value.astype(np.float32) if floating else value
+
+
+def _network(path: Path, found: Mapping[Any, Any]) -> tuple[str, str, Mapping[Any, Any]]:
+    """The one dictionary and prefix with tensors of a known layout; else the outermost."""
+    places = [
+        (where, prefix, values)
+        for where, values in _dictionaries(found)
+        for prefix in prefixes(
+            name
+            for name, value in values.items()
+            if isinstance(name, str) and _is_tensor(value)
+        )
+    ]
+    for wrapper in WRAPPERS:
+        places = [place for place in places if place[0] == wrapper] or places
+    if len(places) > 1:
+        named = [
+            shown(".".join(filter(None, place[:2]))) or "no name at all" for place in places
+        ]
+        raise DataError(
+            f"{path} holds the weights of {len(places)} networks, under "
+            f"{', '.join(named[:6])}. Save the one that you mean alone: "
+            "torch.save(its state_dict, FILE)."
+        )
+    return places[0] if places else ("", "", _unwrapped(found))
+
+
+def _unwrapped(found: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """What to speak of where no known weights are."""
+    wrapped = [found[w] for w in WRAPPERS if isinstance(found.get(w), Mapping)]
+    return wrapped[0] if wrapped else found
+
+
+def _dictionaries(found: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """`found` and every dictionary in it, each once (a pickle may hold circles)."""
+    seen, waiting = set(), [("", found)]
+    while waiting:
+        where, values = waiting.pop()
+        if id(values) in seen:
+            continue
+        seen.add(id(values))
+        yield where, values
+        waiting += [
+            (f"{where}.{_text(name)}" if where else _text(name), value)
+            for name, value in values.items()
+            if isinstance(value, Mapping)
+        ]
 
 
 def _read_safetensors(path: Path, contents: bytes) -> State:
     reader = _safetensors()
     try:
-        return reader.load(contents)
+        tensors = reader.deserialize(contents)
     except Exception as error:  # whatever a broken file makes the reader raise
         raise DataError(f"{path} is not a readable .safetensors file: {error}") from error
+    state = {}
+    for name, tensor in tensors:
+        if tensor["dtype"] not in _TYPES:
+            raise DataError(
+                f"{path}: {shown(name)} is of type {tensor['dtype']}; known: "
+                f"{', '.join(_TYPES)}."
+            )
+        values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
+        state[name] = values.reshape(tensor["shape"])
+    return state
 
 
-def _read_pickle(path: Path, contents: bytes) -> Mapping[str, Any]:
-    torch = _torch()
+def unwritable(folder: Path) -> str:
+    """What keeps `folder` from being made or written to, told without doing so; else ''."""
     try:
-        found = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile pickle can make it raise anything
-        # Not PyTorch's own message, which says how to load the file in spite of it.
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would run code ({wanted[1]})" if wanted else "it is none, or damaged"
-        raise DataError(
-            f"{path} was not loaded as a PyTorch weight file: {reason}. Ask for a "
-            ".safetensors, or, if you trust it, save its weights alone with "
-            "torch.save(model.state_dict(), FILE)."
-        ) from error
-    if not isinstance(found, Mapping):
-        raise DataError(f"{path} holds a {type(found).__name__}, not a state_dict.")
-
-    def arrays(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            str(name): array(value) if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-        }
-
-    def array(tensor: Any) -> np.ndarray:
-        tensor = tensor.detach()
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-    for wrapper in WRAPPERS:
-        if isinstance(found.get(wrapper), Mapping):
-            return {wrapper: arrays(found[wrapper])}
-    return arrays(found)
+        there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+        if not there.is_dir():
+            return f"{there} is no directory"
+        return "" if os.access(there, os.W_OK) else f"{there} may not be written to"
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        return str(error.strerror)
 
 
-def save_weights(path: Path, state: State) -> None:
-    """Write a weight file, of the kind its name ends with, atomically.
+def check_target(path: Path) -> None:
+    """That `save_weights` can write `path`, as far as it can be known before.
 
     Raises:
         ConfigError: the name ends with none of .pth, .pt and .safetensors, or the extra
             `[torch]` is not installed.
         DataError: it cannot be written there.
     """
-    arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
-    arrays = {name: value.reshape(state[name].shape) for name, value in arrays.items()}
     if path.suffix == ".safetensors":
-        contents = _safetensors().save(arrays)
+        _safetensors()
     elif path.suffix in (".pth", ".pt"):
-        torch = _torch()
-        buffer = io.BytesIO()
-        torch.save({n: torch.from_numpy(v.copy()) for n, v in arrays.items()}, buffer)
-        contents = buffer.getvalue()
+        torch_module()
     else:
         raise ConfigError(
             f"{path} ends with {path.suffix!r}, but must end with .pth, .pt or .safetensors."
         )
+    reason = "it is a directory" if path.is_dir() else unwritable(path.parent)
+    if reason:
+        raise DataError(f"{path} cannot be written: {reason}.")
+
+
+def save_weights(path: Path, state: State) -> None:
+    """Write a weight file, of the kind its name ends with, atomically.
+
+    Raises:
+        ConfigError, DataError: as `check_target`.
+    """
+    check_target(path)
+    arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    arrays = {name: value.reshape(state[name].shape) for name, value in arrays.items()}
+    if path.suffix == ".safetensors":
+        contents = _safetensors().numpy.save(arrays)
+    else:
+        torch = torch_module()
+        buffer = io.BytesIO()
+        torch.save({n: torch.from_numpy(v.copy()) for n, v in arrays.items()}, buffer)
+        contents = buffer.getvalue()
     try:
         write_atomically(path, contents)
     except OSError as error:

@@ -1,5 +1,7 @@
 """PyTorch weight files to run directories and back."""
 
+import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -13,12 +15,13 @@ from PIL import Image
 from pytorch_designs import MilesialUNet, ReferenceUNet, arrays, enliven
 from test_experiments import run as run_script
 
-from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.errors import ConfigError, DataError, JaxUNetError, RunError
+from jaxunet.interop import pytorch, runs
 from jaxunet.interop.layouts import layout_of
 from jaxunet.interop.pytorch import variables_from_state_dict
-from jaxunet.interop.runs import export_weights, import_weights
+from jaxunet.interop.runs import IMPORT_FILE, export_weights, import_weights
 from jaxunet.trained import load
 from jaxunet.training import train
 from jaxunet.unet import make_unet
@@ -162,6 +165,7 @@ def test_a_run_is_not_overwritten(tmp_path):
 
 def test_an_imported_run_is_trained_on_and_exported(tmp_path):
     config = Config(
+        optimizer=OptimizerConfig(schedule="cosine", warmup_steps=3),
         data=DataConfig(
             image_size=16, prepared_dir=tmp_path, synthetic_train=16, synthetic_validation=4
         ),
@@ -184,6 +188,80 @@ def test_an_imported_run_is_trained_on_and_exported(tmp_path):
     assert not np.array_equal(before, variables["params"]["head"]["kernel"])
 
 
+def nothing_is_made_of(weights: Path, out: Path, message: str, error=DataError) -> None:
+    with pytest.raises(error, match=message):
+        import_weights(weights, out, Config())
+    assert not out.exists()
+
+
+def test_weights_that_are_not_finite_are_neither_imported_nor_used_nor_exported(
+    tmp_path, monkeypatch
+):
+    model = enliven(MilesialUNet(2, depth=3))
+    model.state_dict()["up1.conv.double_conv.1.running_mean"][1] = math.inf
+    weights = save(model, tmp_path / "w.safetensors")
+    message = (
+        r"up1\.conv\.double_conv\.1\.running_mean holds 1 values that are not finite, of 4"
+    )
+    nothing_is_made_of(weights, tmp_path / "run", message)
+    monkeypatch.setattr(pytorch, "_wrong_values", lambda *_: "")  # as a version before did
+    import_weights(weights, tmp_path / "run", Config())
+    for use in (load, lambda run: export_weights(run, tmp_path / "back.pth")):
+        with pytest.raises(
+            RunError, match=r"batch_stats\.decoder\.level_1\..*mean holds 1 val"
+        ):
+            use(tmp_path / "run")
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_a_run_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
+    weights = save(ReferenceUNet(1, depth=2), tmp_path / "w.pth")
+    bytes_of_adam = 3 * 4 * sum(p.numel() for p in ReferenceUNet(1, depth=2).parameters())
+    monkeypatch.setattr(runs, "_memory", lambda: bytes_of_adam)  # and eight for two counters
+    nothing_is_made_of(
+        weights, tmp_path / "run", r"state takes .* GB.*choose optimizer\.name 'sgd'"
+    )
+    sgd = Config(optimizer=OptimizerConfig(name="sgd"))
+    import_weights(weights, tmp_path / "run", sgd)
+
+
+def test_where_nothing_can_be_written_nothing_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    missing = tmp_path / "missing.pth"
+    out = tmp_path / "file" / "run"
+    nothing_is_made_of(missing, out, "--out .* cannot be written to: .*no directory", RunError)
+    import_weights(
+        save(ReferenceUNet(2, depth=2), tmp_path / "w.pth"), tmp_path / "r", Config()
+    )
+    with pytest.raises(RunError, match="already holds"):
+        import_weights(missing, tmp_path / "r", Config())
+    with pytest.raises(DataError, match="cannot be written"):
+        export_weights(tmp_path / "no run", out)
+    with pytest.raises(ConfigError, match="must end with"):
+        export_weights(tmp_path / "no run", tmp_path / "w.onnx")
+
+
+def test_the_record_of_an_import_says_what_was_taken_and_gives_back_the_counts(tmp_path):
+    model, run = enliven(MilesialUNet(2, depth=2)), tmp_path / "run"
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"net": {**state, "n_averaged": torch.tensor(1)}}, tmp_path / "w.pth")
+    import_weights(tmp_path / "w.pth", run, Config())
+    record = json.loads((run / IMPORT_FILE).read_text())
+    taken = [record[key] for key in ("dictionary", "prefix", "left_out")]
+    assert taken == ["net", "model.", ["n_averaged"]]
+    for key in ("dictionary", "prefix", "left_out"):  # which earlier versions did not write
+        del record[key]
+    (run / IMPORT_FILE).write_text(json.dumps(record))
+    export_weights(run, tmp_path / "back.pth")
+    assert torch.equal(
+        read(tmp_path / "back.pth")["inc.double_conv.1.num_batches_tracked"], torch.tensor(17)
+    )
+    for damaged in ("{", "[]", "{}", '{"num_batches_tracked": {"a": null}}'):
+        (run / IMPORT_FILE).write_text(damaged)
+        with pytest.raises(RunError, match=r"pytorch\.json is not the record of an import"):
+            export_weights(run, tmp_path / "again.pth")
+
+
 def test_a_model_without_a_pytorch_layout_and_a_wrong_ending_are_refused(tmp_path):
     import_weights(save(ReferenceUNet(4), tmp_path / "w.pth"), tmp_path / "run", Config())
     with pytest.raises(ConfigError, match=r"\.onnx.*must end with"):
@@ -200,7 +278,12 @@ def test_the_scripts_import_evaluate_predict_and_export(tmp_path):
     run, data = tmp_path / "run", tmp_path / "data"
     options = ("--data.name", "synthetic", "--data.image-size", 32, "--data.synthetic-train", 8)
     options += ("--data.synthetic-validation", 4, "--data.prepared-dir", data)
-    output = run_script("import_pytorch.py", weights, "--out", run, *options)
+    wrapped = {f"module.{name}": tensor for name, tensor in read(weights).items()}
+    del wrapped["module.mask_values"]
+    torch.save({"net": {**wrapped, "n_averaged": torch.tensor(1)}}, tmp_path / "wrapped.pth")
+    options += ("--optimizer.schedule", "cosine", "--optimizer.warmup-steps", 5)
+    output = run_script("import_pytorch.py", tmp_path / "wrapped.pth", "--out", run, *options)
+    assert "Taken:      what is under net.module.; left out: n_averaged" in output
     assert "milesial layout: width 4, 3 levels, transposed upsampling, 2 logit(s)" in output
     assert "synthetic validation (4 images)" in run_script("evaluate.py", run)
     picture = tmp_path / "lesion.png"
