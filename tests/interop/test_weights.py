@@ -225,7 +225,7 @@ def test_a_run_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
     import_weights(weights, tmp_path / "run", sgd)
 
 
-def test_where_nothing_can_be_written_nothing_is_read(tmp_path, monkeypatch):
+def test_where_nothing_can_be_written_nothing_is_read(tmp_path):
     (tmp_path / "file").write_text("")
     missing = tmp_path / "missing.pth"
     out = tmp_path / "file" / "run"
@@ -236,7 +236,7 @@ def test_where_nothing_can_be_written_nothing_is_read(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="already holds"):
         import_weights(missing, tmp_path / "r", Config())
     with pytest.raises(DataError, match="cannot be written"):
-        export_weights(tmp_path / "no run", out)
+        export_weights(tmp_path / "no run", out / "w.pth")
     with pytest.raises(ConfigError, match="must end with"):
         export_weights(tmp_path / "no run", tmp_path / "w.onnx")
 
