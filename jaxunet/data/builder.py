@@ -191,7 +191,7 @@ def map_in_threads(
 
     Pillow decodes, resizes and encodes without holding Python's lock.
     """
-    workers = min(8, usable_cores())  # Each may hold a decoded image of 240 MB.
+    workers = min(8, usable_cores())  # Each may hold a decoded image of 384 MB.
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[Result]] = deque()
     try:

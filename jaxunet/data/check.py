@@ -4,6 +4,8 @@ Problems are returned as sentences that name the file, not raised: a person with
 files wants one list, not forty runs.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,9 @@ from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
 
 T = TypeVar("T")
+
+LISTED = 50
+"""Problems of one kind that are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,19 @@ def sizes_differ(
 
 
 def report(where: object, problems: list[str]) -> str:
-    """One message for all problems found in a dataset, a line each."""
+    """One message for all problems found in a dataset, a line each.
+
+    Of one kind, the same but for names and numbers, only the first `LISTED` are shown: where
+    every file has the same fault, one line for each would hide what it is.
+    """
+    kinds: Counter[str] = Counter()
+    lines = []
+    for problem in problems:
+        kind = re.sub(r"\S*[/\d]\S*", "", problem)
+        kinds[kind] += 1
+        if kinds[kind] <= LISTED:
+            lines.append(problem)
+    if left := len(problems) - len(lines):
+        lines.append(f"And {left:,} more of the same kind{'s' * (len(kinds) > 1)}.")
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-    return "\n".join([f"{count} found in {where}; nothing was prepared.", *problems])
+    return "\n".join([f"{count} found in {where}; nothing was prepared.", *lines])

@@ -92,10 +92,16 @@ class SourceFile:
         """CRC-32 of the contents: of a zip's member as the zip has it; None if unreadable."""
         if self.member is not None:
             return self.member.CRC
+        if self.size > MAX_FILE_BYTES:
+            return None  # Refused, as is what cannot be read, when the pair is checked.
         try:
-            return zlib.crc32(self.read())
-        except DataError:
-            return None  # Reported with its reason when the pair is checked.
+            checksum = 0
+            with self.path.open("rb") as file:
+                while block := file.read(2**20):
+                    checksum = zlib.crc32(block, checksum)
+            return checksum
+        except OSError:
+            return None
 
 
 @dataclass

@@ -94,7 +94,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How one configuration is built; making it is cheap, as it reads no images."""
+    """How one configuration is built; making it reads files for the fingerprint, no pixels."""
 
     builder: type[PairsBuilder]
     stored_size: Size

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import unicodedata
 import zipfile
@@ -61,6 +62,15 @@ def trained_on(name: str, breaks: Callable[[World], object], outcome: Refused | 
 def add(world: World, name: str, image: np.ndarray, mask: np.ndarray) -> None:
     world.file(f"own/train/images/{name}.png", encoded(image))
     world.file(f"own/train/masks/{name}.png", encoded(mask))
+
+
+def printed(message: str) -> Taken:
+    """The script does its work, and says this."""
+
+    def check(world: World, output: str) -> None:
+        assert re.search(message, output.replace(f"{world.path}/", "")), output
+
+    return Taken(check)
 
 
 # Root may read everything, so that a refusal has to be played to be tested everywhere.
@@ -146,6 +156,16 @@ def encrypted(world: World) -> None:
             contents[at + flags] |= 1
             at = contents.find(signature, at + 4)
     world.file(VALIDATION_MASKS, bytes(contents))
+
+
+def deflate64(world: World) -> None:
+    """Every member said to be compressed as Windows compresses large zips."""
+    contents = bytearray((world.path / TRAIN_IMAGES).read_bytes())
+    at = contents.find(b"PK\x01\x02")
+    while at >= 0:
+        contents[at + 10] = 9
+        at = contents.find(b"PK\x01\x02", at + 4)
+    world.file(TRAIN_IMAGES, bytes(contents))
 
 
 def zip_bomb(world: World) -> None:
@@ -247,11 +267,36 @@ ROWS = [
         Refused(r"own/train/images/b\.png cannot be read: .*No such file"),
     ),
     own(
-        "stray file",
-        lambda world: world.file("own/train/masks/notes.xlsx", b""),
-        Refused(r"own/train/masks/notes\.xlsx is not an image\. Move it elsewhere"),
+        "stray files",
+        lambda world: [
+            world.file("own/train/masks/notes.xlsx", b""),
+            world.file("own/validation/images/README", b""),
+        ],
+        printed(r"Passed over, as no images: 2 files \(1 \.xlsx, 1 no extension\); .*xlsx"),
+    ),
+    own(
+        "picture that a telephone took",
+        lambda world: rename(world, "own/train/images/b.png", "own/train/images/b.HEIC"),
+        Refused(
+            r"2 problems .*images/b\.HEIC is HEIC, which is not read here\. Save it as JPEG"
+        ),
+    ),
+    own(
+        "link into its own folder",
+        lambda world: (world.path / "own/train/images/again").symlink_to("."),
+        printed(r"own/train/images/again leads to .*, whose files are listed once"),
     ),
     # Folders.
+    own(
+        "two folders of masks",
+        lambda world: world.file("own/train/labels/a.png", encoded(MASK)),
+        Refused(r"labels and .*masks may each be the folder of masks\. Say which by --data"),
+    ),
+    own(
+        "folder called like no split",
+        lambda world: shutil.copytree(world.path / "own/train", world.path / "own/holdout"),
+        printed("Passed over: .*own/holdout holds images and masks too"),
+    ),
     own(
         "empty folder",
         lambda world: [path.unlink() for path in world.path.glob("own/train/*/*")],
@@ -311,12 +356,24 @@ ROWS = [
     isic(
         "encrypted zip",
         encrypted,
-        Refused(r"ISIC_0000020_segmentation\.png cannot be read: .*encrypted"),
+        Refused(rf"{VALIDATION_MASKS} is encrypted \(2 of its 2 files\)\. Unpack it"),
     ),
     isic(
         "zip member of 8 GiB",
         zip_bomb,
         Refused(r"ISIC_0000099\.jpg has 8,589,934,592 bytes; the limit is 536,870,912"),
+    ),
+    isic(
+        "zip compressed by Deflate64",
+        deflate64,
+        Refused(rf"{TRAIN_IMAGES} is compressed in a way .*Deflate64.*Unpack it, and give"),
+    ),
+    isic(
+        "half of a split",
+        lambda world: rename(world, TRAIN_IMAGES, f"{TRAIN_IMAGES}.crdownload"),
+        printed(
+            r"The split train is left out, .*Input\.zip\.crdownload, a download that has not"
+        ),
     ),
     isic("id in two splits", shared_id, Refused("ISIC_0000003.jpg has the id of an image in")),
     isic(
@@ -367,6 +424,16 @@ ROWS = [
         "features.json garbled",
         lambda world: world.file(prepared_file("features.json")(world), "[1]"),
         Refused(rf"{DAMAGED}, or .* {AGAIN}"),
+    ),
+    own(
+        "features.json that names a module",
+        lambda world: world.edit(
+            prepared_file("features.json")(world),
+            lambda text: text.replace(
+                b"tensorflow_datasets.core.features.text_", b"evil.text_"
+            ),
+        ),
+        Refused(rf"{DAMAGED}, or .*features\.json names 'evil\.text_feature\.Text'.* {AGAIN}"),
     ),
     own(
         "list of ids shortened",

@@ -13,6 +13,7 @@ from small_data import encoded, half_mask, picture
 
 IMAGE = picture(0, SIDE, SIDE)
 MASK = half_mask(SIDE, SIDE)
+BLOCKS = np.kron(np.array([[0, 255], [255, 255]], np.uint8), np.ones((8, 8), np.uint8))
 RED = np.full((SIDE, SIDE, 3), (255, 0, 0), np.uint8)
 GREY = IMAGE[:, :, 0]
 TURN_RIGHT = 6  # EXIF: the camera was held so that the picture must turn clockwise
@@ -132,7 +133,7 @@ ROWS = [
     image_row(
         "extension of no image",
         lambda: encoded(IMAGE),
-        Refused(r"own/train/images/b\.txt is not an image\. Move it elsewhere\."),
+        Refused(r"1 problem .*own/train/masks/b\.png has no image in own/train/images"),
         suffix=".txt",
     ),
     image_row(
@@ -145,12 +146,12 @@ ROWS = [
     image_row(
         "decompression bomb of 20,000 x 20,000 pixels",
         lambda: png(20_000, 20_000, 8, 2, b""),
-        broken("has 400,000,000 pixels; the limit is 80,000,000"),
+        broken("is 20000 x 20000 = 400,000,000 pixels; the limit is 128,000,000. Save it"),
     ),
     image_row(
-        "9,000 x 9,000 pixels",
-        lambda: png(9_000, 9_000, 8, 2, b""),
-        broken("is 9000 x 9000 = 81,000,000 pixels; the limit is 80,000,000"),
+        "12,000 x 12,000 pixels",
+        lambda: png(12_000, 12_000, 8, 2, b""),
+        broken("is 12000 x 12000 = 144,000,000 pixels; the limit is 128,000,000"),
     ),
     # Unusual, but a picture.
     image_row("PNG named .jpg", lambda: encoded(IMAGE), prepared_as("b", IMAGE), suffix=".jpg"),
@@ -193,7 +194,10 @@ ROWS = [
     image_row(
         "EXIF rotation, mask not turned",
         lambda: turned(picture(0, SIDE, 2 * SIDE)),
-        Refused(r"masks/b\.png is 32 x 16 pixels, but its image .*images/b\.png is 16 x 32"),
+        Refused(
+            r"masks/b\.png is 32 x 16 pixels, but its image .*images/b\.png is 16 x 32 once it "
+            "is turned upright as its EXIF .* stored as 32 x 16, as the mask is"
+        ),
         mask=encoded(half_mask(SIDE, 2 * SIDE)),
     ),
     image_row(
@@ -212,12 +216,12 @@ ROWS = [
     mask_row(
         "mask of 0 and 1",
         lambda: encoded(MASK // 255),
-        broken_mask("holds the values 0, 1, but .* save it with 255 where the lesion is"),
+        broken_mask(r"holds the values 0, 1, but .* Pass --data\.binarize to take 1 as lesion"),
     ),
     mask_row(
         "mask of 0 and 1, binarized",
         lambda: encoded(MASK // 255),
-        broken_mask("holds the values 0, 1, but .*--data.binarize would leave no lesion"),
+        prepared_as("b", mask=MASK, binarize=True),
         "--data.binarize",
     ),
     mask_row(
@@ -245,7 +249,19 @@ ROWS = [
     mask_row(
         "RGB mask",
         lambda: encoded(np.dstack([MASK] * 3)),
-        broken_mask(r"has pixels of type 'RGB' \(3 channels\), .* Save it as greyscale"),
+        broken_mask(r"has pixels of type 'RGB' \(3 channels\), .* --data\.binarize to take it"),
+    ),
+    mask_row(
+        "RGB mask, binarized",
+        lambda: encoded(np.dstack([MASK] * 3)),
+        prepared_as("b", mask=MASK, binarize=True),
+        "--data.binarize",
+    ),
+    mask_row(
+        "mask of several classes, binarized",
+        lambda: encoded(masked([0, 1, 2])),
+        broken_mask("holds the values 0, 1, 2, but .*several classes.* with 255 where the"),
+        "--data.binarize",
     ),
     mask_row(
         "RGBA mask",
@@ -255,7 +271,7 @@ ROWS = [
     mask_row(
         "palette mask with colours",
         lambda: palette(RED),
-        broken_mask("has a palette of colours.* Save it as greyscale"),
+        broken_mask("has a palette and colours that differ.* Save it as greyscale"),
     ),
     mask_row(
         "palette mask of black and white",
@@ -276,7 +292,13 @@ ROWS = [
     mask_row(
         "JPEG mask with its noise",
         lambda: saved(masked([0, 255, 0]), "JPEG", quality=30),
-        broken_mask("holds the values 0, .* Pass --data.binarize"),
+        broken_mask("holds the values 0, .* Pass --data.binarize to take values above 127"),
+    ),
+    mask_row(
+        "JPEG mask with its noise, binarized",
+        lambda: saved(BLOCKS, "JPEG", quality=30),
+        prepared_as("b", mask=BLOCKS, binarize=True),
+        "--data.binarize",
     ),
     mask_row(
         "mask of another size",

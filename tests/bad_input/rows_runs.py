@@ -196,7 +196,7 @@ ROWS = [
     predicted(
         "bomb among good pictures",
         lambda world: among_good(world, png(20_000, 20_000, 8, 2, b"")),
-        others_done(r"b\.png has 400,000,000 pixels; the limit is 80,000,000"),
+        others_done(r"b\.png is 20000 x 20000 = 400,000,000 pixels; the limit is 128,000,000"),
     ),
     predicted(
         "picture that is not there",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from small_data import encoded, half_mask, picture, write_files, write_zip
 
-from jaxunet.data.check import Decoded, check_pair
+from jaxunet.data.check import LISTED, Decoded, check_pair, report
 from jaxunet.data.listing import list_images
 from jaxunet.data.sources import Source, find_pairs
 from jaxunet.errors import DataError
@@ -268,3 +268,12 @@ def test_a_zip_and_what_it_unpacks_to_have_one_fingerprint(tmp_path: Path) -> No
     sources[0].add("train", *zips)
     sources[1].add("train", tmp_path / "images", tmp_path / "masks")
     assert sources[0].fingerprint() == sources[1].fingerprint()
+
+
+def test_a_fault_of_every_file_is_not_told_of_each() -> None:
+    same = [f"masks/{number}.png holds the values 0, {number}." for number in range(2594)]
+    heading, *lines, last = report("own", [*same, "images/x.png cannot be read."]).splitlines()
+    assert heading.startswith("2595 problems found in own")
+    assert lines == [*same[:LISTED], "images/x.png cannot be read."]
+    assert last == "And 2,544 more of the same kinds."
+    assert report("own", same[:3]).splitlines()[1:] == same[:3]
