@@ -13,7 +13,9 @@ def demo() -> Config:
     return Config(
         data=DataConfig(name="synthetic", image_size=96),
         model=ModelConfig(width=8, depth=4, init="he"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_fraction=1 / 12),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, schedule="cosine", warmup_fraction=1 / 12
+        ),
         train=TrainConfig(epochs=5, batch_size=8, eval_batch_size=8, loss="bce_dice"),
     )
 

@@ -112,8 +112,7 @@ def test_without_a_length_nothing_is_refused_and_the_state_is_the_same():
         optimizer=OptimizerConfig(schedule="cosine", warmup_steps=100, clip_norm=1.0),
     )
     states = [
-        jax.eval_shape(partial(init_state, make_recipe(config, total)))
-        for total in (None, 101)
+        jax.eval_shape(partial(init_state, make_recipe(config, total))) for total in (None, 101)
     ]
     assert states[0] == states[1]
     assert float(make_schedule(config.optimizer, None)(0)) == config.optimizer.learning_rate
@@ -142,7 +141,7 @@ def test_a_cosine_made_longer_without_a_word_is_refused_with_both_rates():
     with pytest.raises(ConfigError, match=r"from 0\.000987 to 0\.5\. .*hold.*cycle.*stretch"):
         extend_schedule(run_of(5), run_of(10), 10, 50)
     # The same in the middle of the run, and towards fewer epochs.
-    with pytest.raises(ConfigError, match="--optimizer.extend"):
+    with pytest.raises(ConfigError, match=r"--optimizer\.extend"):
         extend_schedule(run_of(5), run_of(4), 10, 20)
 
 
