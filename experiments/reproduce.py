@@ -93,7 +93,9 @@ def check(arguments: Arguments) -> None:
         with tempfile.TemporaryFile(dir=arguments.out):
             pass
     except OSError as error:
-        raise RunError(f"--out {arguments.out} cannot be written to: {error.strerror}.") from error
+        raise RunError(
+            f"--out {arguments.out} cannot be written to: {error.strerror}."
+        ) from error
 
 
 def spread(values: list[float], digits: int = 4) -> str:

@@ -163,7 +163,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(stored(state)),
-                    progress=ocp.args.JsonSave(record)
+                    progress=ocp.args.JsonSave(record),
                 ),
                 metrics=metrics,
                 force=True,

@@ -1,7 +1,7 @@
 """The training state as checkpoints hold it, and as earlier versions wrote it.
 
-    before 2026-11-28    no `ema_stats`; with `accumulate_steps` a step was one part of a
-                         batch, and the optimizer's state held gradients
+before 2026-11-28    no `ema_stats`; with `accumulate_steps` a step was one part of a
+                     batch, and the optimizer's state held gradients
 """
 
 from collections.abc import Iterator

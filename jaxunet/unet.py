@@ -87,9 +87,7 @@ def upsample_bilinear(x: Features) -> Float[Array, "batch 2*height 2*width chann
     return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns)
 
 
-def _for_pixels(
-    bias: Float[Array, " channels"], dtype: Any
-) -> Float[Array, "1 1 1 channels"]:
+def _for_pixels(bias: Float[Array, " channels"], dtype: Any) -> Float[Array, "1 1 1 channels"]:
     """Of the rank of a map, which `jax_numpy_rank_promotion` may demand."""
     return bias.astype(dtype)[None, None, None]
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +7,10 @@ import optax
 import pytest
 import torch
 
-from jaxunet.config import OptimizerConfig
-from jaxunet.errors import ConfigError
-from jaxunet.optim import make_optimizer, make_schedule, update_ema
+from jaxunet.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.errors import ConfigError, RunError
+from jaxunet.optim import extend_schedule, make_optimizer, make_schedule, update_ema
+from jaxunet.steps import init_state, make_recipe
 
 RNG = np.random.default_rng(0)
 MATRICES = RNG.normal(size=(50, 4, 6)).astype(np.float32)
@@ -31,18 +34,17 @@ def ours(config, steps=50):
     return np.array(path)
 
 
-def theirs(make, steps=50, clip=None, accumulate=1):
+def theirs(make, steps=50, clip=None):
     w = torch.tensor(START, requires_grad=True)
     optimizer = make([w])
     path = []
     for i in range(steps):
         error = torch.tensor(MATRICES[i]) @ w - torch.tensor(TARGETS[i])
-        ((error**2).mean() / accumulate).backward()
-        if (i + 1) % accumulate == 0:
-            if clip:
-                torch.nn.utils.clip_grad_norm_([w], clip)
-            optimizer.step()
-            optimizer.zero_grad()
+        (error**2).mean().backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_([w], clip)
+        optimizer.step()
+        optimizer.zero_grad()
         path.append(w.detach().numpy().copy())
     return np.array(path)
 
@@ -62,13 +64,8 @@ def theirs(make, steps=50, clip=None, accumulate=1):
             lambda p: torch.optim.SGD(p, 0.05, momentum=0.5),
             {"clip": 0.3},
         ),
-        (
-            {"name": "adam", "accumulate_steps": 5},
-            lambda p: torch.optim.Adam(p, 0.05),
-            {"accumulate": 5},
-        ),
     ],
-    ids=["adam", "adamw", "sgd", "clipping", "accumulation"],
+    ids=["adam", "adamw", "sgd", "clipping"],
 )
 def test_fifty_steps_are_pytorchs(config, make, options):
     found = ours(OptimizerConfig(learning_rate=0.05, **config))
@@ -90,12 +87,108 @@ def test_constant_rates_stay_after_the_warm_up():
     assert [float(warm(n)) for n in (0, 2, 4, 9)] == pytest.approx([0, 0.25, 0.5, 0.5])
 
 
-def test_a_warm_up_longer_than_the_run_is_refused():
-    config = OptimizerConfig(schedule="cosine", warmup_steps=10)
-    with pytest.raises(ConfigError, match=r"optimizer.warmup_steps is 10.*only 8 updates"):
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_warm_up_as_long_as_the_run_is_refused(schedule):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=8)
+    with pytest.raises(ConfigError, match=r"optimizer.warmup_steps is 8.*only 8 updates"):
         make_schedule(config, 8)
+    make_schedule(config, 9)
 
 
-def test_the_moving_average_follows_its_formula():
-    ema = update_ema({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 0.0])}, 0.75)
-    assert ema["w"].tolist() == [1.5, 1.5]
+def test_a_warm_up_given_as_a_share_fits_runs_of_any_length():
+    config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_fraction=0.25)
+    for total in (1, 2, 3, 8, 400):
+        schedule = make_schedule(config, total)
+        rates = [float(schedule(n)) for n in range(total)]
+        assert np.argmax(rates) == min(round(total / 4), total - 1)
+        assert max(rates) == 1
+    with pytest.raises(ConfigError, match=r"warmup_fraction is 0.25.*warmup_steps is given"):
+        OptimizerConfig(warmup_fraction=0.25, warmup_steps=3)
+
+
+def test_without_a_length_nothing_is_refused_and_the_state_is_the_same():
+    config = Config(
+        model=ModelConfig(width=2, depth=2),
+        optimizer=OptimizerConfig(schedule="cosine", warmup_steps=100, clip_norm=1.0),
+    )
+    states = [
+        jax.eval_shape(partial(init_state, make_recipe(config, total))) for total in (None, 101)
+    ]
+    assert states[0] == states[1]
+    assert float(make_schedule(config.optimizer, None)(0)) == config.optimizer.learning_rate
+
+
+@pytest.mark.parametrize(("n", "decay"), [(1, 2 / 11), (10, 11 / 20), (26, 0.75), (9999, 0.75)])
+def test_the_moving_average_forgets_its_start_and_then_keeps_its_decay(n, decay):
+    before, now = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 0.0])}
+    ema = update_ema(before, now, 0.75, jnp.int32(n))
+    expected = decay * before["w"] + (1 - decay) * now["w"]
+    np.testing.assert_allclose(ema["w"], expected, rtol=1e-6)
+
+
+def run_of(epochs, schedule="cosine", **options):
+    optimizer = OptimizerConfig(learning_rate=1.0, schedule=schedule, **options)
+    return Config(optimizer=optimizer, train=TrainConfig(epochs=epochs))
+
+
+def rates(config, first, stop):
+    schedule = make_schedule(config.optimizer, config.train.epochs * 10)
+    return [float(schedule(n)) for n in range(first, stop)]
+
+
+def test_a_cosine_made_longer_without_a_word_is_refused_with_both_rates():
+    # 5 epochs of 10 updates end at (1 + cos(49/50 pi))/2; of 10 epochs, update 50 is at 0.5.
+    with pytest.raises(ConfigError, match=r"from 0\.000987 to 0\.5\. .*hold.*cycle.*stretch"):
+        extend_schedule(run_of(5), run_of(10), 10, 50)
+    # The same in the middle of the run, and towards fewer epochs.
+    with pytest.raises(ConfigError, match=r"--optimizer\.extend"):
+        extend_schedule(run_of(5), run_of(4), 10, 20)
+
+
+def test_a_run_that_is_not_begun_or_not_longer_goes_on_as_it_is():
+    assert extend_schedule(run_of(5), run_of(10), 10, 0) == run_of(10)
+    assert extend_schedule(run_of(5), run_of(5), 10, 20) == run_of(5)
+
+
+def test_held_rates_stay_what_they_were_last():
+    longer = extend_schedule(run_of(5), run_of(10, extend="hold"), 10, 50)
+    assert longer.optimizer.extended_at == (50,)
+    assert rates(longer, 0, 50) == rates(run_of(5), 0, 50)
+    assert rates(longer, 50, 100) == [rates(run_of(5), 49, 50)[0]] * 50
+    # Longer still, without saying it again: the same rate, not that of a stretched cosine.
+    again = extend_schedule(longer, run_of(20), 10, 100)
+    assert rates(again, 50, 200) == [rates(run_of(5), 49, 50)[0]] * 150
+
+
+def test_cycles_start_at_the_peak_and_end_at_nothing_each():
+    longer = extend_schedule(run_of(5), run_of(10, extend="cycle"), 10, 50)
+    longest = extend_schedule(longer, run_of(12), 10, 100)
+    assert longest.optimizer.extended_at == (50, 100)
+    assert rates(longest, 0, 50) == rates(longest, 50, 100) == rates(run_of(5), 0, 50)
+    np.testing.assert_allclose(rates(longest, 100, 120), rates(run_of(2), 0, 20), atol=1e-6)
+
+
+def test_a_stretched_cosine_is_that_of_the_new_length():
+    longer = extend_schedule(run_of(5), run_of(10, extend="stretch"), 10, 50)
+    assert rates(longer, 0, 100) == rates(run_of(10), 0, 100)
+
+
+def test_a_run_stopped_early_and_made_longer_first_ends_its_cosine():
+    longer = extend_schedule(run_of(5), run_of(10, extend="cycle"), 10, 20)
+    assert rates(longer, 20, 50) == rates(run_of(5), 20, 50)
+    shorter = extend_schedule(run_of(5), run_of(4, extend="hold"), 10, 20)
+    assert rates(shorter, 20, 40) == rates(run_of(5), 20, 40)
+
+
+def test_what_a_longer_run_was_given_stays_through_a_resume_and_can_not_be_changed():
+    longer = extend_schedule(run_of(5), run_of(10, extend="hold"), 10, 50)
+    assert extend_schedule(longer, run_of(10), 10, 70) == longer
+    with pytest.raises(RunError, match=r"extend hold before.*'cycle'"):
+        extend_schedule(longer, run_of(20, extend="cycle"), 10, 70)
+
+
+def test_a_constant_rate_that_is_made_longer_does_not_warm_up_again():
+    options = {"schedule": "constant", "warmup_fraction": 0.5}
+    longer = extend_schedule(run_of(2, **options), run_of(20, **options), 10, 20)
+    assert rates(longer, 0, 20) == rates(run_of(2, **options), 0, 20)
+    assert rates(longer, 20, 200) == [1.0] * 180

@@ -3,10 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from jaxunet.config import ModelConfig
+from jaxunet.conv import max_pool2x2
 from jaxunet.normalization import BatchNorm
 from jaxunet.unet import (
+    EncoderLevel,
     center_crop,
     center_pad,
     count_parameters,
@@ -122,3 +125,28 @@ def test_he_initialisation_has_the_published_variance_and_no_bias():
     layer = params["encoder"]["level_1"]["conv_1"]
     assert float(layer["kernel"].std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
     assert not layer["bias"].any()
+
+
+def test_group_norm_is_pytorchs_where_its_epsilon_counts():
+    config = ModelConfig(width=4, depth=2, norm="group")
+    x = 1e-3 * np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
+    level = EncoderLevel(config, 8, None, train=True)
+    variables = level.init(KEY, x, np.ones(2, bool))
+    expected = torch.tensor(x).permute(0, 3, 1, 2)
+    for i in range(2):
+        kernel, bias = (
+            torch.tensor(np.asarray(variables["params"][f"conv_{i}"][name]))
+            for name in ("kernel", "bias")
+        )
+        expected = F.conv2d(expected, kernel.permute(3, 2, 0, 1), bias, padding=1)
+        expected = F.relu(F.group_norm(expected, 4, eps=1e-5))
+    found = level.apply(variables, x, np.ones(2, bool))
+    np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_max_pooling_passes_a_nan_on_as_pytorchs_does():
+    x = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
+    x[0, 1, 2, 0] = np.nan
+    expected = F.max_pool2d(torch.tensor(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    assert np.isnan(expected).sum() == 1
+    np.testing.assert_array_equal(max_pool2x2(jnp.asarray(x)), expected)

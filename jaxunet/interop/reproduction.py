@@ -44,8 +44,8 @@ class Training:
     images_per_second: float
 
 
-# What, beside the data, may differ from the reference, as both sides follow it or it changes no number. Any
-# other field must have its default, so a new one is refused until it is done here, too.
+# What, beside the data, may differ from the reference: both sides follow it, or it changes no
+# number. Any other field must have its default, so a new one is refused until both follow it.
 FOLLOWED = (
     "model.width",
     "model.depth",
@@ -66,9 +66,7 @@ FOLLOWED = (
 def check_followed(config: Config) -> None:
     """Raise `ConfigError` unless `train_pytorch` does all that `config` asks for."""
     plain = replace(Config(), data=config.data)
-    asked = [
-        line for line in differences(plain, config) if line.split(":")[0] not in FOLLOWED
-    ]
+    asked = [line for line in differences(plain, config) if line.split(":")[0] not in FOLLOWED]
     if asked:
         raise ConfigError(
             "--against pytorch trains the reference design by its own protocol (BCE, Adam, a "

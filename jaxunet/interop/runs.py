@@ -93,7 +93,7 @@ def export_weights(run: Path, path: Path, which: Which = "latest") -> LayoutName
     """Write the weights of a run's checkpoint as PyTorch's `load_state_dict` takes them.
 
     Averaged weights (`optimizer.ema_decay`) where there are any. `num_batches_tracked`
-    counts the run's steps on top of what an import brought.
+    counts the run's batches on top of what an import brought.
 
     Raises:
         RunError: `run` is no run directory, has no checkpoint, or its weights are not finite.
@@ -104,7 +104,11 @@ def export_weights(run: Path, path: Path, which: Which = "latest") -> LayoutName
     model = load(run, which)
     layout = layout_of(model.config.model)
     state = state_dict_from_variables(
-        model.config.model, model.variables, layout, counted=_counted(run), steps=model.step
+        model.config.model,
+        model.variables,
+        layout,
+        counted=_counted(run),
+        steps=model.step * model.config.optimizer.accumulate_steps,
     )
     save_weights(path, state)
     return layout

@@ -1,5 +1,9 @@
+import importlib
 import json
 import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -9,21 +13,24 @@ from test_experiments import run as run_script
 from jaxunet.augment import random_flip
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
-from jaxunet.errors import ConfigError
+from jaxunet.errors import ConfigError, RunError
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
-from jaxunet.interop.reproduction import flips, train_pytorch
+from jaxunet.interop.reproduction import FOLLOWED, check_followed, flips, train_pytorch
 from jaxunet.run import read_metrics
 from jaxunet.training import train
 
 
-def test_both_frameworks_train_alike_from_the_same_start(tmp_path):
+@pytest.mark.parametrize("augment", ["flip", "none"])
+def test_both_frameworks_train_alike_from_the_same_start(augment, tmp_path):
     config = Config(
         data=DataConfig(
             image_size=32, prepared_dir=tmp_path, synthetic_train=20, synthetic_validation=6
         ),
         model=ModelConfig(width=4, depth=3),
         optimizer=OptimizerConfig(learning_rate=1e-2),
-        train=TrainConfig(epochs=3, batch_size=8, eval_batch_size=8, log_every=1),
+        train=TrainConfig(
+            epochs=2, batch_size=8, eval_batch_size=8, log_every=1, augment=augment
+        ),
     )
     data = prepare(config.data, progress=False)
     theirs = train_pytorch(
@@ -32,7 +39,7 @@ def test_both_frameworks_train_alike_from_the_same_start(tmp_path):
     ours = train(config, data, tmp_path / "run", show_progress=False)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [line["values"]["loss"] for line in lines if "grad_norm" in line["values"]]
-    assert len(losses) == 9
+    assert len(losses) == 6
     np.testing.assert_allclose(theirs.losses, losses, rtol=1e-3)
     means = [v for line in lines if (v := line["values"].get("epoch_mean_loss"))]
     assert [e["train_loss"] for e in theirs.epochs] == pytest.approx(means, rel=1e-3)
@@ -59,6 +66,59 @@ def test_the_flips_are_those_of_the_training_step():
         np.testing.assert_array_equal(drawn(step), expected)
         seen += expected.tolist()
     assert 4 < sum(seen) < 28
+
+
+OTHERS = {  # of each field that has no obvious other value
+    "momentum": 0.5, "weight_decay": 0.5, "warmup_steps": 3, "warmup_fraction": 0.5,
+    "clip_norm": 1.0, "accumulate_steps": 2, "ema_decay": 0.9, "extended_at": (3,),
+    "num_logits": 2, "depth": 3, "width": 8, "learning_rate": 0.5, "threshold": 0.3,
+}  # fmt: skip
+
+
+def another(section, field):
+    """`section` with another value of one of its fields."""
+    now, hint = getattr(section, field.name), get_type_hints(type(section))[field.name]
+    choices = [c for part in (hint, *get_args(hint)) for c in get_args(part)]
+    if isinstance(now, bool):
+        value = not now
+    elif field.name in OTHERS:
+        value = OTHERS[field.name]
+    elif get_origin(hint) is Literal or type(None) in choices:
+        value = next(c for c in choices if isinstance(c, str) and c != now)
+    else:
+        value = now + 1
+    return replace(section, **{field.name: value})
+
+
+@pytest.mark.parametrize("section", ["model", "optimizer", "train"])
+def test_whatever_pytorchs_side_does_not_do_is_refused_by_name(section):
+    part = getattr(Config(), section)
+    for field in fields(part):
+        name = f"{section}.{field.name}"
+        config = replace(Config(), **{section: another(part, field)})
+        if name in FOLLOWED:
+            check_followed(config)
+        else:
+            with pytest.raises(ConfigError, match=re.escape(name)):
+                check_followed(config)
+
+
+def test_what_can_not_succeed_is_said_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
+    reproduce = importlib.import_module("reproduce")
+    data = DataConfig()
+    with pytest.raises(ConfigError, match="--seeds names no seed"):
+        reproduce.check(reproduce.Arguments(data=data, seeds=(), out=tmp_path))
+    lossy = reproduce.Arguments(
+        data=data, train=TrainConfig(loss="dice"), against="pytorch", out=tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"train\.loss: 'bce' -> 'dice'"):
+        reproduce.check(lossy)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file/results cannot be written to"):
+        reproduce.check(reproduce.Arguments(data=data, out=tmp_path / "file" / "results"))
+    reproduce.check(reproduce.Arguments(data=data, out=tmp_path / "new" / "results"))
+    assert list((tmp_path / "new" / "results").iterdir()) == []
 
 
 def test_a_design_without_a_pytorch_side_is_refused():
