@@ -15,6 +15,7 @@ from jaxunet import checkpoint
 from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, ModelConfig
 from jaxunet.errors import RunError
+from jaxunet.integrity import checksum_of
 from jaxunet.steps import init_state, make_recipe
 
 LIKE = jax.eval_shape(
@@ -99,20 +100,20 @@ def test_another_state_is_never_put_in_place_of_one_that_was_saved(tmp_path):
 
 def test_an_error_of_our_own_is_not_called_one_of_the_disk(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, 3)
-    monkeypatch.setattr(checkpoint, "_checksum", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoint, "checksum_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         checkpoints.save(state(4), {"at": 4})
 
 
 def test_every_array_is_in_the_checksum():
-    whole = checkpoint._checksum(state(3), {})
+    whole = checksum_of(state(3), {})
     leaves, structure = jax.tree.flatten(state(3))
     for place, leaf in enumerate(leaves):
         changed = np.array(leaf)
         changed.reshape(-1).view(np.uint8)[-1] ^= 1
         other = structure.unflatten([*leaves[:place], changed, *leaves[place + 1 :]])
-        assert checkpoint._checksum(other, {}) != whole
-    assert checkpoint._checksum(state(3), {"at": 1}) != whole
+        assert checksum_of(other, {}) != whole
+    assert checksum_of(state(3), {"at": 1}) != whole
 
 
 @pytest.mark.parametrize("which", ["latest", "best"])
