@@ -162,7 +162,9 @@ class RunDirectory:
     def _take(self, resume: bool) -> None:
         check_encodable(self.path, "--out")
         self._refuse_what_is_no_run()  # before anything is written there
-        check_writable(self.path, "--out")
+        for folder in (self.path, self.path / "checkpoints"):
+            if folder == self.path or folder.exists():
+                check_writable(folder, "--out")
         self._lock = _locked(self.path)
         try:
             self._check(resume)

@@ -100,6 +100,25 @@ def test_a_log_that_was_moved_away_has_each_step_once(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [6, 7, 8]
 
 
+def test_a_log_that_cannot_be_written_is_named_before_training(tmp_path):
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(RunError, match=r"tensorboard/\) cannot be written to: File exists"):
+        MetricsLog(tmp_path, keep_lines=0, step=0)
+
+
+def test_checkpoints_that_cannot_be_written_are_found_first(begun, monkeypatch):
+    real = files.write_atomically
+
+    def refuse(path, contents):
+        if path.parent.name == "checkpoints":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        real(path, contents)
+
+    monkeypatch.setattr(files, "write_atomically", refuse)
+    with pytest.raises(RunError, match="checkpoints cannot be written to: Permission denied"):
+        resume(begun)
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
