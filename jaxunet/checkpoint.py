@@ -11,7 +11,6 @@ import math
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from jaxunet.distributed import from_main, is_main, on_main
 from jaxunet.earlier import current, forms, stored
 from jaxunet.errors import RunError
 from jaxunet.files import check_encodable, check_writable, system_error, why, write_atomically
+from jaxunet.integrity import checksum_of, json_damage, other_arrays
 from jaxunet.provenance import disagreement
 from jaxunet.steps import TrainState
 
@@ -117,7 +117,7 @@ class Checkpoints:
     def _set_aside_without_scores(self) -> None:
         """Orbax reads all scores to begin with, and opens nothing if it can't."""
         steps = [path for path in self.directory.iterdir() if path.name.isdigit()]
-        found = {path: _json_damage(path / SCORES) for path in sorted(steps)}
+        found = {path: json_damage(path / SCORES) for path in sorted(steps)}
         damaged = {path: reason for path, reason in found.items() if reason}
         for path, reason in damaged.items():
             said = (
@@ -154,7 +154,7 @@ class Checkpoints:
         if not is_main():
             return
         step = int(state.step)
-        record = {**progress, "checksum": _checksum(state, progress)}
+        record = {**progress, "checksum": checksum_of(state, progress)}
         with self._writing():
             if step in self._manager.all_steps():
                 self._complete(step, state, record, metrics)
@@ -184,7 +184,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         folder = self.directory / str(step)
         before = json.loads((folder / PROGRESS).read_bytes())
-        if before.pop("checksum") != _checksum(state, before):
+        if before.pop("checksum") != checksum_of(state, before):
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} is of another state than "
                 "the run has at that step; move it away."
@@ -330,14 +330,7 @@ class Checkpoints:
             ) from error
         state = TrainState(**restored["state"])
         # Orbax gives arrays the shapes that they were saved with, whatever was asked for.
-        expected = jax.tree_util.tree_leaves_with_path(form)
-        found = jax.tree.leaves(state)
-        differing = [
-            f"{jax.tree_util.keystr(path, simple=True, separator='.')} is "
-            f"{x.dtype}{list(x.shape)}, expected {like.dtype}{list(like.shape)}"
-            for (path, like), x in zip(expected, found, strict=True)
-            if (x.shape, x.dtype) != (like.shape, like.dtype)
-        ]
+        differing = other_arrays(state, form)
         if differing:
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} is of another model than "
@@ -348,7 +341,7 @@ class Checkpoints:
         checksum = progress.pop("checksum", None) if isinstance(progress, dict) else None
         if checksum is None or disagreement(
             {"checksum": checksum},
-            {"checksum": _checksum(state, progress)},
+            {"checksum": checksum_of(state, progress)},
             recorded="the record",
             there="the contents",
         ):
@@ -363,28 +356,6 @@ class Checkpoints:
         if is_main():
             with self._writing():
                 self._manager.close()
-
-
-def _checksum(state: TrainState, progress: dict[str, Any]) -> int:
-    """CRC-32 of the progress and of every array."""
-    checksum = zlib.crc32(json.dumps(progress, sort_keys=True).encode())
-    for leaf in jax.tree.leaves(state):
-        flat = np.ascontiguousarray(leaf).reshape(-1)
-        checksum = zlib.crc32(flat.view(np.uint8).data, checksum)
-    return checksum
-
-
-def _json_damage(path: Path) -> str:
-    """What is wrong with a file that should hold a JSON object; nothing if it does, or is
-    not there."""
-    try:
-        if isinstance(json.loads(path.read_bytes()), dict):
-            return ""
-        return f"{path.name} holds no JSON object"
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{path.name} cannot be read ({error})"
 
 
 def _reason(error: Exception) -> str:

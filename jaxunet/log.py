@@ -2,7 +2,8 @@
 
 import json
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ class MetricsLog:
     """Appends to metrics.jsonl and to TensorBoard's event files."""
 
     def __init__(self, run: Path, *, keep_lines: int, step: int):
-        """Go on at `step` after `keep_lines` lines; a killed run's later ones are dropped."""
-        path = run / "metrics.jsonl"
+        """Go on at `step` after `keep_lines` lines; a killed run's later ones are dropped.
+
+        Raises:
+            RunError: the log cannot be written to.
+        """
+        self._folder, path = run, run / "metrics.jsonl"
         kept = read_metrics(path)[:keep_lines]
         self.lines = len(kept)  # fewer than `keep_lines` if somebody moved the file away
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._folder = run
-        self._file = path.open("a", encoding="utf-8")
-        self._events = Events(run / "tensorboard", purge_step=step + 1)
+        with self._writing():
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("a", encoding="utf-8")
+            self._events = Events(run / "tensorboard", purge_step=step + 1)
 
     def write(
         self, *, step: int, epoch: int, split: str, values: dict[str, float], seconds: float
@@ -34,15 +39,21 @@ class MetricsLog:
             "values": values,
             "wall_seconds": round(seconds, 3),
         }
-        try:
+        with self._writing():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             for name, value in values.items():
                 self._events.write(f"{split}/{name}", value, step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise RunError(
-                f"{self._file.name} cannot be written to: {why(error, self._folder)} What was "
-                "saved before is whole. Once that is mended, go on with --resume."
+                f"The log in {self._folder} (metrics.jsonl, tensorboard/) cannot be written "
+                f"to: {why(error, self._folder)} What was saved before is whole. Once that is "
+                "mended, go on with --resume."
             ) from error
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from jaxunet.config import Config, DataConfig, from_dict, to_dict
 from jaxunet.distributed import is_main, on_main
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError, RunError
-from jaxunet.files import check_writable, why, write_json
+from jaxunet.files import check_encodable, check_writable, why, write_json
 from jaxunet.optim import extend_schedule
 from jaxunet.provenance import disagreement
 
@@ -176,8 +176,11 @@ class RunDirectory:
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
     def _take(self, resume: bool) -> None:
+        check_encodable(self.path, "--out")
         self._refuse_what_is_no_run()  # before anything is written there
-        check_writable(self.path, "--out")
+        for folder in (self.path, self.path / "checkpoints"):
+            if folder == self.path or folder.exists():
+                check_writable(folder, "--out")
         self._lock = _locked(self.path)
         try:
             self._check(resume)

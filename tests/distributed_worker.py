@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,11 @@ def compile_once() -> None:
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     config = from_dict(Config, job["config"])
-    data = RecordedData(prepare(config.data, progress=False))
+    of_the_data = config.data
+    if "differs" in job and jax.process_index() == job["differs"]["process"]:
+        of_the_data = replace(config.data, **job["differs"].get("data", {}))
+        config = replace(config, train=replace(config.train, **job["differs"].get("train", {})))
+    data = RecordedData(prepare(of_the_data, progress=False))
     with RunDirectory(Path(job["out"]), config, resume=job["resume"]) as run:
         trainer = training.Trainer(
             config, data, run, parallel=job["parallel"], show_progress=False

@@ -7,6 +7,7 @@ must agree.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -283,6 +284,33 @@ def test_a_refused_run_directory_is_refused_on_every_process(groups, runs, confi
         kind, message = answer["error"]
         assert kind == "RunError"
         assert "already holds a complete run" in message
+
+
+@pytest.mark.parametrize(
+    ("differs", "said"),
+    [
+        ({"data": {"synthetic_train": EXAMPLES - 7}}, r"data\.counts\.train: 37 -> 30"),
+        ({"data": {"synthetic_seed": 5}}, r"Differing: data\.fingerprint: '\w+' -> '\w+'\."),
+        ({"train": {"seed": 5}}, r"Differing: config\.train\.seed: 0 -> 5\."),
+    ],
+)
+def test_a_host_that_differs_is_named_before_anything_hangs(
+    groups, config, tmp_path, differs, said
+):
+    answers = groups["two"].ask(
+        do="train",
+        config=to_dict(config),
+        out=str(tmp_path / "run"),
+        parallel="jit",
+        resume=False,
+        may_fail=True,
+        differs={"process": 1, **differs},
+    )
+    for answer in answers:
+        kind, message = answer["error"]
+        assert kind == "RunError"
+        assert re.search(rf"Process 0 \(on .*\) does not fit process 1 \(on .*{said}", message)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_data_are_prepared_by_process_0_while_the_others_wait(groups, config, tmp_path):

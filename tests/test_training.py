@@ -1,8 +1,11 @@
+import itertools
 import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +15,12 @@ from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.errors import ConfigError, RunError
+from jaxunet.evaluation import evaluate
+from jaxunet.feed import Feed
+from jaxunet.parallel import make_strategy
 from jaxunet.run import RunDirectory, load_config, read_metrics
+from jaxunet.steps import eval_step
+from jaxunet.trained import load
 from jaxunet.training import Stopped, Trainer, train
 
 EPOCHS, STEPS_PER_EPOCH = 2, 3
@@ -150,6 +158,56 @@ def test_a_stop_during_evaluation_is_saved_and_resumed(
     found = train(config, data, tmp_path / "run", resume=True, show_progress=False)
     assert_same_state(found.state, unbroken["pmap"][1].state)
     assert lines(tmp_path / "run") == lines(unbroken["pmap"][0])
+
+
+def test_the_clock_goes_on_where_a_stopped_run_left_it(config, data, tmp_path, monkeypatch):
+    def restart():
+        ticks = map(float, itertools.count())
+        clock = SimpleNamespace(perf_counter=ticks.__next__)
+        monkeypatch.setattr("jaxunet.training.time", clock)
+
+    restart()
+    train_until(4, config, data, tmp_path / "run")
+    restart()
+    outcome = train(config, data, tmp_path / "run", resume=True, show_progress=False)
+    seconds = [line["wall_seconds"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert seconds == sorted(set(seconds))
+    assert outcome.summary["wall_seconds"] > seconds[-1]
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+def test_scores_are_those_of_the_averaged_weights(parallel, config, data, unbroken):
+    out, outcome = unbroken[parallel]
+    state, strategy = outcome.state, make_strategy(parallel)
+    model = load(out)
+    assert_same_state(model.variables, state.variables)
+    feed = Feed(strategy, data.source("validation"), config.data, progress=False)
+    compiled = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
+
+    def loss(variables):
+        placed = strategy.replicate(variables)
+        return evaluate(feed, compiled, placed, config, progress=False).loss
+
+    assert loss(state.variables) == pytest.approx(outcome.summary["loss"], rel=1e-6)
+    raw = {**state.variables, "params": state.params}
+    assert loss(raw) != pytest.approx(outcome.summary["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+def test_what_was_fetched_stays_as_it_was_when_the_device_goes_on(parallel):
+    """A step that is given its memory away writes the next state where the last one was."""
+    strategy = make_strategy(parallel)
+    step = strategy.compile(lambda x, _: x + 1, outputs="replicated", donate=True)
+    placed = strategy.replicate(np.zeros(4096, np.float32))
+    batch = strategy.split(np.zeros(8, np.uint8))
+    placed = step(placed, batch)
+    fetched = strategy.fetch(placed)
+    shard = np.asarray(placed.addressable_shards[0].data)
+    assert not np.shares_memory(fetched, shard)
+    del shard
+    for _ in range(3):
+        placed = step(placed, batch)
+    np.testing.assert_array_equal(fetched, 1)
 
 
 def test_a_finished_run_can_be_extended_and_equals_a_longer_one(config, data, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 
 from ground import World, sound_picture
@@ -39,6 +40,20 @@ def edited(section: str, **values: object) -> Callable[[World], None]:
         world.file("run/config.json", json.dumps(record))
 
     return breaks
+
+
+def leave_checkpoints_alone(world: World) -> None:
+    for path in (world.path / "run").iterdir():
+        if path.is_file():
+            path.unlink()
+        elif path.name != "checkpoints":
+            shutil.rmtree(path)
+
+
+def resumed_without_a_pair(world: World) -> list[object]:
+    for folder in ("images", "masks"):
+        world.file(f"own/train/{folder}/f.png", None)
+    return ["train.py", "--resume", "--train.epochs", 2, "--out", world.path / "run"]
 
 
 def predicted(
@@ -166,6 +181,25 @@ ROWS = [
         "resumed after metrics.jsonl was edited",
         lambda world: world.edit("run/metrics.jsonl", lambda text: b"epoch 1\n" + text),
         r"Line 1 of run/metrics\.jsonl is no JSON object: .* Undo",
+    ),
+    resumed(
+        "resumed without its checkpoints",
+        lambda world: shutil.rmtree(world.path / "run/checkpoints"),
+        "run is a run whose checkpoints are gone from run/checkpoints, .* Put them back",
+    ),
+    resumed(
+        "resumed without its config.json",
+        leave_checkpoints_alone,
+        r"run holds checkpoints, but not the config\.json of the run",
+    ),
+    Row(
+        "resumed after a pair was removed",
+        resumed_without_a_pair,
+        Refused(
+            "run, which was trained on folder from own, does not fit the data of folder from "
+            r"own\. Differing: fingerprint: .*counts\.train: 6 -> 5\. .*--accept-other-data",
+            leaves="prepared",
+        ),
     ),
     Row(
         "resumed with another model",

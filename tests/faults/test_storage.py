@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -192,6 +193,25 @@ def test_a_disk_that_is_full_while_saving_costs_no_earlier_checkpoint(tmp_path):
     assert "Traceback" not in output
     assert read_status == 0, read
     assert "step " in read
+
+
+def test_a_save_that_fails_for_want_of_inodes_says_so_and_ends_at_once(tmp_path):
+    """Orbax would wait for 300 s for the folder that can't be made."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from jaxunet.errors import RunError\n"
+        "from test_checkpoint import saved\n"
+        "try: saved(Path(sys.argv[1]), 1)\n"
+        "except RunError as error: sys.exit(f'refused: {error}')\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "disk" / "checkpoints")]
+    start = time.monotonic()
+    with mock.patch.dict("os.environ", PYTHONPATH=":".join(sys.path)):
+        [(status, output)] = on_a_small_disk("9m,nr_inodes=6", tmp_path / "disk", words)
+    assert status == 1
+    assert re.search("refused: A checkpoint could not be .*: No inodes left", output), output
+    assert time.monotonic() - start < 120
 
 
 def test_a_disk_that_is_full_while_preparing_keeps_what_was_prepared(tmp_path):
