@@ -14,9 +14,23 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def start() -> None:
-    """Both of the below; call it before anything asks JAX for a device."""
+    """All of the below; call it before anything asks JAX for a device."""
+    open_closed_streams()
     keep_freed_memory()
     use_compilation_cache()
+
+
+def open_closed_streams() -> None:
+    """Open on nothing what this process was started without of stdin, stdout and stderr.
+
+    Else the next file that is opened gets the number of stderr, and what the libraries say
+    there is written into it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def keep_freed_memory() -> bool:

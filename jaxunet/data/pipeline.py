@@ -16,7 +16,7 @@ from jaxtyping import Integer
 from jaxunet.config import DataConfig
 from jaxunet.data.images import resize_image, resize_mask
 from jaxunet.data.order import PADDING, Order
-from jaxunet.data.workers import Workers
+from jaxunet.workers import Workers
 
 
 @runtime_checkable

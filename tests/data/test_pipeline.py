@@ -1,5 +1,8 @@
+import multiprocessing
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +75,46 @@ def test_a_position_restores_the_rest_of_the_batches(workers):
     again = make_batches(Pictures(), config, order, 6)
     again.set_state(state)
     assert_same(first + list(again), expected)
+
+
+def assert_nothing_runs():
+    """No thread of Grain's and no worker, soon: a thread ends what it has begun."""
+    deadline = time.monotonic() + 20
+    while [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_closed_when_asked_and_at_a_change_of_position(workers):
+    config, order = DataConfig(image_size=12, workers=workers), Order(7, 3, seed=1)
+    expected = take_all(Pictures(), DataConfig(image_size=12), order)
+    batches = make_batches(Pictures(), config, order, 6)
+    first = next(batches)
+    batches.close()
+    assert_nothing_runs()
+    assert_same([first, next(batches)], expected[:2])  # the position stays
+    batches.set_state({"next_batch": 5})
+    assert_nothing_runs()
+
+
+def test_batches_are_closed_at_the_end():
+    batches = make_batches(Pictures(), DataConfig(image_size=12), Order(7, 3), 6)
+    assert len(list(batches)) == 6
+    assert_nothing_runs()
+    assert list(batches) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_closed_when_one_cannot_be_read(workers):
+    source = Pictures()
+    source.images = source.images[:2]  # any other raises
+    config = DataConfig(image_size=12, workers=workers)
+    batches = make_batches(source, config, Order(7, 3), 6)
+    with pytest.raises(IndexError, match="out of bounds"):
+        list(batches)
+    assert_nothing_runs()
 
 
 def test_the_host_cache_decodes_each_example_once_and_changes_no_batch():

@@ -17,10 +17,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ class Run:
 
     def __init__(self, folder: Path, cache: Path):
         self.folder, self.text = folder, ""
+        self._screen, terminal = os.openpty()  # where bars are shown
+        termios.tcsetwinsize(terminal, (24, 120))
         self.process = subprocess.Popen(
             [
                 *(sys.executable, str(REPOSITORY / "experiments" / "train.py"), *OPTIONS),
@@ -59,14 +63,15 @@ class Run:
             ],
             env={**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=terminal,
         )
+        os.close(terminal)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        assert self.process.stderr is not None
-        while part := os.read(self.process.stderr.fileno(), 4096):
-            self.text += part.decode(errors="replace")
+        with os.fdopen(self._screen, "rb", buffering=0) as screen, suppress(OSError):
+            while part := screen.read(4096):  # an error on Linux, once the process has ended
+                self.text += part.decode(errors="replace")
 
     def ended(self) -> bool:
         return self.process.poll() is not None
