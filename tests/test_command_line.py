@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -78,7 +79,8 @@ def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     error = RuntimeError("Could not determine home directory.")
     monkeypatch.setattr(platformdirs, "user_cache_path", mock.Mock(side_effect=error))
-    with mock.patch("jax.config.jax_compilation_cache_dir", None, create=True):
+    on = SimpleNamespace(jax_enable_compilation_cache=True, jax_compilation_cache_dir=None)
+    with mock.patch("jaxunet.startup.jax.config", on):
         assert use_compilation_cache() is None
 
 
