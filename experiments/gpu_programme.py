@@ -10,8 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
-from command_line import parse, run_script
+from command_line import check_writable, parse, run_script
 
+from jaxunet.config import require_positive
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import write_json
@@ -31,6 +32,9 @@ class Arguments:
     quick: bool = False
     """Tiny sizes, on any device: to try the programme itself."""
 
+    def __post_init__(self) -> None:
+        require_positive("--minutes", self.minutes)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -43,8 +47,10 @@ class Part:
 
 
 def parts(arguments: Arguments) -> list[Part]:
+    out = arguments.out.absolute()  # for the parts run elsewhere
+
     def script(name: str, *words: object) -> list[str]:
-        return [sys.executable, str(HERE / name), *map(str, words), "--out", str(arguments.out)]
+        return [sys.executable, str(HERE / name), *map(str, words), "--out", str(out)]
 
     tiny = ["--model.width", "4", "--model.depth", "2", "--data.image-size", "16"]
     shape = tiny if arguments.quick else ["--model.width", "64", "--data.image-size", "256"]
@@ -81,7 +87,16 @@ def parts(arguments: Arguments) -> list[Part]:
         ),
     ]
     if arguments.data_dir is not None:
-        words = ["--data.dir", arguments.data_dir, "--against", "pytorch", "--seeds", 0, 1, 2]
+        words = [
+            "--data.dir",
+            arguments.data_dir.absolute(),
+            "--against",
+            "pytorch",
+            "--seeds",
+            0,
+            1,
+            2,
+        ]
         words += ["--data.cache", "device", "--name", "gpu-reproduction"]
         found.insert(2, Part("reproduction", script("reproduce.py", *words), 1.0))
     return found
@@ -103,6 +118,9 @@ def run_part(part: Part, seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     arguments = parse(Arguments, "Throughput against PyTorch, parity and reproduction.")
+    if arguments.data_dir is not None and not arguments.data_dir.is_dir():
+        raise ConfigError(f"--data-dir is {arguments.data_dir}, which is not a folder.")
+    check_writable(arguments.out, "--out")
     record: dict[str, Any] = {"command": command_line(), **environment()}
     if record["devices"]["platform"] != "gpu" and not arguments.quick:
         raise ConfigError(

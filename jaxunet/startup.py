@@ -73,10 +73,10 @@ def use_compilation_cache() -> Path | None:
     if not settings.jax_enable_compilation_cache:
         return None
     if not settings.jax_compilation_cache_dir:
-        folder = platformdirs.user_cache_path("jaxunet") / "xla"
         try:
+            folder = platformdirs.user_cache_path("jaxunet") / "xla"
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
+        except (OSError, RuntimeError):  # the latter where the user has no home folder
             return None
         if not os.access(folder, os.W_OK):
             return None
