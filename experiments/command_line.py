@@ -20,7 +20,7 @@ from tqdm import tqdm
 from jaxunet import distributed
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError, JaxUNetError, Stopped
-from jaxunet.startup import start
+from jaxunet.startup import device_error, start
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except SystemExit as error:  # `--help`
         status = error.code
     except (Exception, KeyboardInterrupt) as error:
-        status = _report(error)
+        status = _report(device_error(error) or error)
     if _is_closed(sys.stdout, ""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = status or 128 + signal.SIGPIPE

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class Part:
     command: list[str]
     share: float
     environment: dict[str, str] = field(default_factory=dict)
+
+
+def resolved(arguments: Arguments) -> Arguments:
+    """With absolute paths: parts run in the repository, wherever the programme was started."""
+    data_dir = arguments.data_dir and arguments.data_dir.resolve()
+    return replace(arguments, data_dir=data_dir, out=arguments.out.resolve())
 
 
 def parts(arguments: Arguments) -> list[Part]:
@@ -101,6 +107,7 @@ def run_part(part: Part, seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     arguments = parse(Arguments, "Throughput against PyTorch, parity and reproduction.")
+    arguments = resolved(arguments)
     record: dict[str, Any] = {"command": command_line(), **environment()}
     if record["devices"]["platform"] != "gpu" and not arguments.quick:
         raise ConfigError(

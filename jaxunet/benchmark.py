@@ -48,6 +48,8 @@ Mode = Literal["train", "eval", "predict"]
 MODES: tuple[Mode, ...] = ("train", "eval", "predict")
 
 
+TOTAL_STEPS = 2**31 - 1  # of the schedule: of any length, as a step's time depends on none
+
 Contestant = Callable[[int], None]
 """Does as many steps as it is told, and returns when the last one is finished."""
 
@@ -229,7 +231,7 @@ def make_step(
 def _step_and_arguments(
     strategy: Strategy, config: Config, mode: Mode, host_state: Any, batch_size: int
 ) -> tuple[Any, tuple[Any, Any]]:
-    recipe = make_recipe(config, total_steps=1)
+    recipe = make_recipe(config, TOTAL_STEPS)
     batch = strategy.split(random_batch(config, batch_size))
     state = strategy.replicate(host_state)
     step: Step
@@ -337,7 +339,7 @@ def make_products(shape: tuple[int, ...], dtype: str) -> dict[str, Contestant]:
 
 def initial_state(config: Config) -> Any:
     """The state that training starts from, on the host."""
-    recipe: Recipe = make_recipe(config, total_steps=1)
+    recipe: Recipe = make_recipe(config, TOTAL_STEPS)
     return jax.device_get(jax.jit(partial(init_state, recipe))())
 
 
@@ -358,7 +360,7 @@ def make_training(
     strategy: Strategy, config: Config, source: Source, host_state: Any
 ) -> Contestant:
     """The training loop: the real pipeline, the step, and the metrics fetched late."""
-    recipe = make_recipe(config, total_steps=1)
+    recipe = make_recipe(config, TOTAL_STEPS)
     feed, batches = _endless(strategy, config, source)
     step = feed.compile(partial(train_step, recipe), outputs="replicated", donate=True)
     held = [strategy.replicate(host_state)]
