@@ -14,7 +14,7 @@ from command_line import parse, run_script
 from rich.console import Console
 from rich.table import Table
 
-from jaxunet import benchmark
+from jaxunet import benchmark, cpu
 from jaxunet.benchmark import Contestant, describe, ratio, time_rounds
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
 from jaxunet.data import prepare
@@ -25,6 +25,7 @@ from jaxunet.files import write_json
 from jaxunet.parallel import check_divisible, make_strategy
 
 Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation", "layers"]
+VARIABLES = ("XLA_FLAGS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", cpu.SWITCH)
 CACHES: tuple[Literal["none", "host", "device"], ...] = ("none", "host", "device")
 
 
@@ -347,11 +348,13 @@ def show_layers(layers: list[dict[str, Any]]) -> None:
 
 def title(result: dict[str, Any]) -> str:
     versions, devices = result["versions"], result["devices"]
-    where = devices["kind"]
+    where, loops = devices["kind"], ""
     if devices["platform"] == "cpu":
         where = f"{result['host']['cpu']}, {result['host']['cores']} cores"
+        lanes = result["cpu_loops"]
+        loops = f"loops of {lanes} lanes" if isinstance(lanes, int) else f"no loops: {lanes}"
     names = [f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions]
-    return f"{where}; {', '.join(names)}"
+    return f"{where}; {', '.join(names)}" + (f"; {loops}" if loops else "")
 
 
 def row(table: Table, name: str, found: dict[str, Any]) -> None:
@@ -387,6 +390,8 @@ def main() -> None:
         train=TrainConfig(batch_size=4, eval_batch_size=4, augment="none"),
     )
     arguments = parse(Arguments, "Measure step throughput.", default)
+    if arguments.rounds < 1:
+        raise ConfigError(f"--rounds is {arguments.rounds}, but at least 1 must be timed.")
     points = settings(arguments)
     against = ["torch"] if arguments.against == "pytorch" else []
     if against:  # before any long work starts
@@ -402,7 +407,7 @@ def main() -> None:
         "config": to_dict(arguments.config),
         "command": command_line(),
         "flags": {
-            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+            **{name: os.environ.get(name, "") for name in VARIABLES},
             "rounds": arguments.rounds,
             "seconds": arguments.seconds,
         },

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from jaxunet import distributed
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError, JaxUNetError, RunError, Stopped
-from jaxunet.startup import start
+from jaxunet.startup import device_error, start
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except SystemExit as error:  # `--help`
         status = error.code
     except (Exception, KeyboardInterrupt) as error:
-        status = _report(error)
+        status = _report(device_error(error) or error)
     if (unwritten := _unwritten()) is not None:
         if status == 0:
             status = _at_output(unwritten)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,15 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def parts(arguments: Arguments) -> list[Part]:
-    out = arguments.out.absolute()  # for the parts run elsewhere
+def resolved(arguments: Arguments) -> Arguments:
+    """With absolute paths: parts run in the repository, wherever the programme was started."""
+    data_dir = arguments.data_dir and arguments.data_dir.resolve()
+    return replace(arguments, data_dir=data_dir, out=arguments.out.resolve())
 
+
+def parts(arguments: Arguments) -> list[Part]:
     def script(name: str, *words: object) -> list[str]:
-        return [sys.executable, str(HERE / name), *map(str, words), "--out", str(out)]
+        return [sys.executable, str(HERE / name), *map(str, words), "--out", str(arguments.out)]
 
     tiny = ["--model.width", "4", "--model.depth", "2", "--data.image-size", "16"]
     shape = tiny if arguments.quick else ["--model.width", "64", "--data.image-size", "256"]
@@ -121,6 +125,7 @@ def main() -> int:
     if arguments.data_dir is not None and not arguments.data_dir.is_dir():
         raise ConfigError(f"--data-dir is {arguments.data_dir}, which is not a folder.")
     check_writable(arguments.out, "--out")
+    arguments = resolved(arguments)
     record: dict[str, Any] = {"command": command_line(), **environment()}
     if record["devices"]["platform"] != "gpu" and not arguments.quick:
         raise ConfigError(

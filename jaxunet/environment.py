@@ -14,8 +14,17 @@ def environment(*others: str) -> dict[str, Any]:
 
     Args:
         others: packages to name beside jaxunet's own.
+
+    Returns:
+        `versions`, by package (None for one that is used without being installed, as jaxunet
+        from a checkout); `devices`; `host`; `cpu_loops`, how many lanes `jaxunet.cpu`'s loops
+        have, or why they are off; `git_commit` of jaxunet's code (None outside its
+        repository).
     """
-    import jax  # not with the module: preparing data needs none of it
+    # Not with the module: preparing data needs none of it.
+    import jax
+
+    from jaxunet import cpu
 
     packages = (
         "jaxunet",
@@ -32,7 +41,7 @@ def environment(*others: str) -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
+            **{name: _version(name) for name in packages},
         },
         "devices": {
             "platform": devices[0].platform,
@@ -41,6 +50,7 @@ def environment(*others: str) -> dict[str, Any]:
             "processes": jax.process_count(),
         },
         "host": {"machine": platform.machine(), "cpu": _cpu_model(), "cores": usable_cores()},
+        "cpu_loops": cpu.status() if devices[0].platform == "cpu" else "not on a CPU",
         "git_commit": _git_commit(),
     }
 
@@ -52,6 +62,13 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _cpu_model() -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -60,14 +77,22 @@ def _cpu_model() -> str | None:
     return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), None)
 
 
-def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    here = Path(__file__).parent
+def _git_commit(file: Path = Path(__file__)) -> str | None:
+    """The commit that `file` is of, None if no repository tracks it.
+
+    It may lie in another's repository, as in a virtual environment there.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        done = subprocess.run(command, cwd=file.parent, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def command_line() -> str:

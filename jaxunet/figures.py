@@ -1,18 +1,34 @@
 """What a person looks at: learning curves, tables of predictions, contours on pictures.
 
 The one file that imports matplotlib. It draws on `Figure` objects of its own, never on
-pyplot's global state, so it needs no display and may be called from any thread.
+pyplot's, with matplotlib's own settings whatever `matplotlibrc` says, and by Agg whatever
+`MPLBACKEND` says: it needs no display, no TeX and no notebook.
 """
 
+import contextlib
+import functools
 import io
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import scipy.ndimage
+
+if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+    # A backend that is not there, such as a notebook's elsewhere, would end the import.
+    import matplotlib
+
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):  # for the caller's own figures, where it is there
+        matplotlib.rcParams["backend"] = backend
+import matplotlib.style
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -25,6 +41,20 @@ from jaxunet.files import write_atomically
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, BLACK, SKY, YELLOW = "#E69F00", "#000000", "#56B4E9", "#F0E442"
 TRUTH, PREDICTION = SKY, YELLOW
+
+P = ParamSpec("P")
+
+
+def _with_own_settings(draw: Callable[P, None]) -> Callable[P, None]:
+    """`draw` under matplotlib's own settings, not the user's: these could need TeX, say."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+        with matplotlib.style.context("default"):
+            draw(*args, **kwargs)
+
+    return drawn
+
 
 Picture = UInt8[np.ndarray, "height width 3"]
 Mask = UInt8[np.ndarray, "height width"] | Bool[np.ndarray, "height width"]
@@ -115,6 +145,7 @@ def overlay(image: Picture, mask: Mask, colour: str = YELLOW) -> Picture:
     return drawn
 
 
+@_with_own_settings
 def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
     """Draw loss and validation scores of a run to the PNG file `path`.
 
@@ -132,8 +163,8 @@ def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
         loss_axes.plot(
             steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="training, logged steps"
         )
-        each = [epochs == epoch for epoch in np.unique(epochs)]
-        middles, means = [steps[e].mean() for e in each], [losses[e].mean() for e in each]
+        _, epoch, count = np.unique(epochs, return_inverse=True, return_counts=True)
+        middles, means = (np.bincount(epoch, x) / count for x in (steps, losses))
         _plot(loss_axes, middles, means, BLUE, "training, mean of epoch")
     steps, losses, _ = _series(metrics_lines, "validation", "loss")
     _plot(loss_axes, steps, losses, VERMILLION, "validation, end of epoch")
@@ -155,6 +186,7 @@ def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+@_with_own_settings
 def loss_comparison(
     curves: dict[str, list[float]], path: Path, title: str, *, first: int = 60
 ) -> None:
@@ -192,6 +224,7 @@ def loss_comparison(
     _save(figure, path)
 
 
+@_with_own_settings
 def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw what `experiments/benchmark.py` measured to the PNG file `path`.
 
@@ -241,6 +274,7 @@ def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+@_with_own_settings
 def scaling(points: list[dict[str, Any]], axis: str, path: Path, title: str) -> None:
     """Draw a training step's time and memory against a size to the PNG file `path`.
 
@@ -277,6 +311,7 @@ def scaling(points: list[dict[str, Any]], axis: str, path: Path, title: str) -> 
     _save(figure, path)
 
 
+@_with_own_settings
 def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
     """Draw the table image | ground truth | prediction | overlay to the PNG file `path`.
 
@@ -369,5 +404,5 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
     write_atomically(path, buffer.getvalue())

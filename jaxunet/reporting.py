@@ -1,5 +1,8 @@
 """The pictures of a finished run, drawn from what it logged and how it scored."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +35,12 @@ def write_figures(
         batch_size: rows that `probabilities` is called with.
 
     Returns:
-        The files written.
+        The files written. One that can't be drawn is none of them: the run is done, and a
+        line on stderr says why.
     """
     curves, predictions = run / "figures" / "curves.png", run / "figures" / "predictions.png"
-    figures.curves(read_metrics(run / "metrics.jsonl"), curves)
+    lines = read_metrics(run / "metrics.jsonl")
+    written = _drawn(curves, partial(figures.curves, lines, curves))
 
     dice = per_image(counts)["dice"]
     chosen = figures.select_rows(dice)
@@ -60,5 +65,14 @@ def write_figures(
                     prediction=prediction.astype(np.uint8),
                 )
             )
-    figures.predictions(rows, predictions, title)
-    return [curves, predictions]
+    return written + _drawn(predictions, partial(figures.predictions, rows, predictions, title))
+
+
+def _drawn(path: Path, draw: Callable[[], None]) -> list[Path]:
+    try:
+        draw()
+    except Exception as error:  # of matplotlib, of fonts, of memory, of the disk
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"note: {path} is not drawn: {type(error).__name__}: {reason}", file=sys.stderr)
+        return []
+    return [path]

@@ -1,4 +1,4 @@
-"""What a process of jaxunet's scripts sets up before JAX starts its devices."""
+"""What a process of jaxunet's scripts sets up before JAX starts its devices, and says then."""
 
 import ctypes
 import os
@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import platformdirs
+
+from jaxunet import cpu
+from jaxunet.errors import ConfigError
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -75,8 +78,10 @@ def use_compilation_cache() -> Path | None:
     if not settings.jax_compilation_cache_dir:
         try:
             folder = platformdirs.user_cache_path("jaxunet") / "xla"
+            if not folder.is_absolute():  # no home: `~` as it stands
+                return None
             folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # the latter where the user has no home folder
+        except (OSError, RuntimeError):  # the latter for a user without a home
             return None
         if not os.access(folder, os.W_OK):
             return None
@@ -84,3 +89,34 @@ def use_compilation_cache() -> Path | None:
         # Small programs too: a start runs dozens of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return Path(settings.jax_compilation_cache_dir)
+
+
+def device_error(error: BaseException) -> ConfigError | None:
+    """What to tell a user if `error` came of JAX finding no device to start.
+
+    For `JAX_PLATFORMS=cuda` without its plugin JAX raises an AssertionError without a word.
+    """
+    if not isinstance(error, AssertionError | RuntimeError):
+        return None
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as found:
+        reason = (str(found).splitlines() or ["it has no plugin for it"])[0]
+    else:
+        return None
+    settings: Any = jax.config
+    return ConfigError(
+        f"JAX has no device to start: JAX_PLATFORMS is {settings.jax_platforms!r} ({reason}). "
+        "Install what drives it (jaxunet's extra [cuda] or [tpu], and the device's driver), "
+        "or set JAX_PLATFORMS=cpu."
+    )
+
+
+def say_if_loops_are_off() -> None:
+    """One line on stderr where a CPU does without `jaxunet.cpu`'s loops, and why."""
+    if jax.devices()[0].platform == "cpu" and isinstance(reason := cpu.status(), str):
+        print(
+            f"note: the CPU's own loops for convolutions are off ({reason}); all are XLA's, "
+            "which take longer.",
+            file=sys.stderr,
+        )

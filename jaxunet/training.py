@@ -28,6 +28,7 @@ from jaxunet.optim import make_schedule
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.reporting import write_figures
 from jaxunet.run import RunDirectory
+from jaxunet.startup import say_if_loops_are_off
 from jaxunet.steps import TrainState, eval_step, init_state, make_recipe, train_step
 from jaxunet.stopping import StopVote, stop_requests
 from jaxunet.trained import compile_probabilities
@@ -81,6 +82,8 @@ class Trainer:
         check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
         self.data, self.run = data, run
         self.show_progress = show_progress and is_main()
+        if is_main():
+            say_if_loops_are_off()
         self.strategy: Strategy = make_strategy(parallel)
         self.own_strategy: Strategy = make_strategy(parallel, jax.local_devices())
         self.train_feed, self.validation_feed = (

@@ -1,6 +1,8 @@
+import importlib
 import json
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from test_experiments import run as run_script
 
 from jaxunet import benchmark, conv
-from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.flops import forward_flops, layers, train_flops
 from jaxunet.parallel import make_strategy
 from jaxunet.unet import make_unet
@@ -155,6 +157,8 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
     assert set(point["training"]) == {"none", "host", "device"}
     assert found["versions"]["torch"]
+    lanes = found["cpu_loops"]
+    assert (f"loops of {lanes} lanes" if isinstance(lanes, int) else "no loops: ") in output
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
 
@@ -177,3 +181,36 @@ def test_what_has_no_pytorch_side_is_refused_before_anything_is_measured(tmp_pat
     words = ("--against", "pytorch", "--model.norm", "batch", "--out", tmp_path)
     assert "Only the reference design" in run_script("benchmark.py", *words, expect=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_benchmark_of_no_rounds_is_refused(tmp_path):
+    words = ("--rounds", 0, "--out", tmp_path)
+    assert "--rounds is 0, but at least 1" in run_script("benchmark.py", *words, expect=1)
+
+
+def test_a_schedule_that_outlasts_a_step_is_measured():
+    """Of a cosine with warm-up, where a run of one step would be refused."""
+    config = Config(
+        data=DataConfig(image_size=16),
+        model=ModelConfig(width=2, depth=2),
+        optimizer=OptimizerConfig(schedule="cosine", warmup_steps=5, learning_rate=1e-3),
+        train=TrainConfig(augment="none"),
+    )
+    strategy = make_strategy("jit", jax.devices()[:1])
+    step, arguments = benchmark._step_and_arguments(
+        strategy, config, "train", benchmark.initial_state(config), 2
+    )
+    _, metrics = step(*arguments)
+    assert np.isfinite(strategy.fetch(metrics)["loss"])
+
+
+def test_the_programmes_parts_find_the_data_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    gpu_programme = importlib.import_module("gpu_programme")
+    monkeypatch.chdir(tmp_path)
+    arguments = gpu_programme.Arguments(Path("data"), Path("out"))
+    commands = [part.command for part in gpu_programme.parts(gpu_programme.resolved(arguments))]
+    (reproduction,) = (c for c in commands if "--data.dir" in c)
+    assert reproduction[reproduction.index("--data.dir") + 1] == str(tmp_path / "data")
+    outs = {c[c.index("--out") + 1] for c in commands if "--out" in c}
+    assert outs == {str(tmp_path / "out")}

@@ -3,6 +3,9 @@
 What they compute is tested in test_conv.py.
 """
 
+import os
+import platform
+import re
 import threading
 
 import jax
@@ -12,8 +15,11 @@ import numpy as np
 import pytest
 
 from jaxunet import conv, cpu
-from jaxunet.cpu.calls import FFI_VERSION
+from jaxunet.cpu import calls
 from jaxunet.cpu.loops import build
+from jaxunet.environment import environment
+from jaxunet.errors import ConfigError
+from jaxunet.startup import say_if_loops_are_off
 
 HERE = cpu.blocks()
 AVX2, AVX512, NEON = (8, (8, 4), 4), (16, (16, 8, 4), 8), (4, (16, 8, 4), 8)
@@ -155,11 +161,69 @@ def test_a_kernel_that_does_not_fit_is_refused(shape, dtype):
         function(jnp.zeros((1, 8, 8, 16)), jnp.zeros(shape, dtype))
 
 
-def test_this_jaxlibs_interface_is_the_one_that_the_calls_are_written_for():
+@pytest.mark.skipif(cpu.SWITCH in os.environ, reason="the loops are switched by hand")
+def test_the_loops_are_on_where_the_processor_fits():
     """If a new jaxlib fails this: compare calls.py with its xla/ffi/api/c_api.h."""
-    assert cpu._ffi_version() == FFI_VERSION
+    fits = cpu.blocks_for(platform.machine(), llvm.get_host_cpu_features())
+    assert cpu.blocks() == fits
+    assert cpu.status() == fits.lanes if fits else "processor" in cpu.status()
 
 
-def test_another_version_of_xlas_interface_is_left_alone(monkeypatch):
-    monkeypatch.setattr(cpu, "_ffi_version", lambda: (0, 99))
-    assert cpu._blocks_here.__wrapped__() is None
+FEATURES = {"avx512f": True, "avx2": True, "fma": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, AVX512),
+        ({"setting": "1"}, AVX512),
+        ({"setting": "avx2"}, AVX2),
+        ({"setting": "0"}, "JAXUNET_CPU_LOOPS is 0"),
+        ({"ffi_version": (0, 4)}, AVX512),
+        ({"ffi_version": (0, 99)}, AVX512),
+        ({"ffi_version": (0, 2)}, "interface is 0.2, not 0.3 or a later minor"),
+        ({"ffi_version": (1, 3)}, "interface is 1.3, not 0.3 or a later minor"),
+        ({"ffi_version": None}, "doesn't tell"),
+        ({"system": "win32"}, "none for win32"),
+        ({"features": {"avx2": True}}, "none for this processor (x86_64)"),
+        ({"setting": "avx2", "features": {"avx2": True, "fma": True}}, AVX2),
+    ],
+)
+def test_the_loops_are_chosen_or_it_says_why_not(changes, expected):
+    usual = {"setting": "", "system": "linux", "machine": "x86_64"}
+    usual |= {"features": FEATURES, "ffi_version": (0, 3)}
+    found = cpu.choose(**(usual | changes))
+    assert expected in found if isinstance(expected, str) else found == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "machine", "message"),
+    [("of", "x86_64", "is 'of'; it must be 0"), ("avx2", "arm64", "has no AVX2")],
+)
+def test_a_switch_that_cannot_be_followed_is_refused(setting, machine, message):
+    with pytest.raises(ConfigError, match=message):
+        cpu.choose(setting, "linux", machine, {}, (0, 3))
+
+
+@pytest.mark.skipif(HERE is None, reason="no loops for this machine")
+def test_what_xla_refuses_is_off_and_says_so(monkeypatch):
+    """A function of an interface that this XLA doesn't know."""
+    monkeypatch.setattr(calls, "FFI_VERSION", (9, 9))
+    assert re.match(r"XLA refuses them: .*9\.9", cpu._made_here.__wrapped__())
+
+
+def test_the_switch_turns_the_loops_off_and_a_run_says_so(monkeypatch, capsys):
+    monkeypatch.setenv(cpu.SWITCH, "0")
+    off = cpu._made_here.__wrapped__()
+    monkeypatch.setattr(cpu, "_here", lambda: off)
+    assert cpu.blocks() is None
+    assert environment()["cpu_loops"] == off == "JAXUNET_CPU_LOOPS is 0"
+    say_if_loops_are_off()
+    assert "loops for convolutions are off (JAXUNET_CPU_LOOPS is 0)" in capsys.readouterr().err
+
+
+def test_a_run_with_loops_says_nothing_and_records_their_lanes(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "_here", lambda: cpu.Blocks(*AVX2))
+    assert environment()["cpu_loops"] == 8
+    say_if_loops_are_off()
+    assert not capsys.readouterr().err

@@ -1,11 +1,18 @@
 """`jaxunet.figures`: which rows are shown, where outlines lie, what the pictures contain."""
 
+import os
+import subprocess
+import sys
+import tracemalloc
+
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
 from jaxunet import figures
+from jaxunet.reporting import write_figures
 
 BLUE, GREEN, VERMILLION = figures.BLUE, figures.GREEN, figures.VERMILLION
 
@@ -182,3 +189,80 @@ def test_loss_curves_that_coincide_can_both_be_seen(tmp_path):
     plotted = picture[picture.shape[0] // 3 :]  # below the legend
     assert places(plotted, figures.SKY).sum() > 100
     assert places(plotted, VERMILLION).sum() > 100
+
+
+# Whatever the user's settings are
+
+
+def test_a_backend_that_is_not_there_keeps_no_figure_from_being_drawn(tmp_path):
+    backend = "module://matplotlib_inline.backend_inline"
+    path = tmp_path / "curves.png"
+    code = "import pathlib, sys; from jaxunet import figures\n"
+    code += "figures.curves([], pathlib.Path(sys.argv[1]))"
+    variables = os.environ | {"MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", code, path], check=True, env=variables)
+    assert pixels(path).shape[2] == 3
+
+
+def test_the_users_settings_neither_change_figures_nor_are_changed(tmp_path):
+    figures.curves(metrics_lines(3), tmp_path / "usual.png")
+    users = {"text.usetex": True, "axes.facecolor": "black", "savefig.bbox": "tight"}
+    with matplotlib.rc_context(users):
+        figures.curves(metrics_lines(3), tmp_path / "own.png")
+        assert matplotlib.rcParams["text.usetex"]
+    np.testing.assert_array_equal(pixels(tmp_path / "own.png"), pixels(tmp_path / "usual.png"))
+
+
+def test_curves_of_many_epochs_take_memory_by_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_save", lambda *_: None)
+
+    def peak(epochs):
+        lines = metrics_lines(epochs)
+        tracemalloc.start()
+        figures.curves(lines, tmp_path / "curves.png")
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(10)  # fonts and the like
+    assert peak(3000) - peak(1500) < 8e6  # a place for each pair would add 13.5 MB
+
+
+def test_each_epochs_mean_is_drawn_where_its_steps_are(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        figures, "_plot", lambda _a, x, y, _c, label: drawn.update({label: (x, y)})
+    )
+    figures.curves(metrics_lines(3), tmp_path / "curves.png")
+    steps, losses = drawn["training, mean of epoch"]
+    np.testing.assert_allclose(steps, [3, 7, 11])
+    np.testing.assert_allclose(losses, [(1 / 2 + 1 / 4) / 2, (1 / 6 + 1 / 8) / 2, 11 / 120])
+
+
+def test_a_figure_that_fails_costs_a_line_not_the_run(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no fonts\nat all")
+
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(figures, "curves", fails)
+    examples = [
+        {
+            "id": "a",
+            "image": np.zeros((8, 8, 3), np.uint8),
+            "mask": np.zeros((8, 8, 1), np.uint8),
+        }
+    ]
+    written = write_figures(
+        tmp_path,
+        lambda images: np.zeros((*images.shape[:3], 1), np.float32),
+        np.array([[0, 0, 0, 64]]),
+        examples,
+        image_size=8,
+        batch_size=2,
+        threshold=0.5,
+        title="title",
+    )
+    assert written == [tmp_path / "figures" / "predictions.png"]
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'figures' / 'curves.png'} is not drawn: RuntimeError: no fonts" in said
+    assert said.count("\n") == 1

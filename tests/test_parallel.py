@@ -7,7 +7,7 @@ import pytest
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.errors import ConfigError
 from jaxunet.parallel import check_divisible, make_strategy
-from jaxunet.steps import eval_step, init_state, make_recipe, predict_step, train_step
+from jaxunet.steps import AXIS, eval_step, init_state, make_recipe, predict_step, train_step
 
 CONFIG = Config(
     data=DataConfig(image_size=8),
@@ -143,3 +143,35 @@ def test_an_uneven_batch_is_refused_with_the_nearest_that_fit():
     with pytest.raises(ConfigError, match=r"train.batch_size is 10.*8 devices.*8 or 16"):
         check_divisible("train.batch_size", 10, 8)
     check_divisible("train.batch_size", 16, 8)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+def test_replicated_values_have_no_axis_of_devices(parallel):
+    """Each device holds the value itself; pmap's are where the other strategy puts them."""
+    strategy = make_strategy(parallel, jax.devices()[:2])
+    value = strategy.replicate(np.arange(3.0, dtype=np.float32))
+    step = strategy.compile(lambda a, b: a + b.sum(), outputs="replicated")
+    for array in (value, step(value, strategy.split(np.zeros(4, np.float32)))):
+        assert array.shape == (3,)
+        assert [shard.data.shape for shard in array.addressable_shards] == [(3,), (3,)]
+    other = make_strategy("jit", jax.devices()[:2]).replicate(np.zeros(3, np.float32))
+    assert value.sharding == other.sharding
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+def test_a_step_runs_uncompiled(parallel):
+    """As with JAX_DISABLE_JIT=1; sums over devices are as when it is compiled."""
+    strategy = make_strategy(parallel, jax.devices()[:2])
+
+    def step(state, rows):
+        return {"sum": state["sum"] + jax.lax.psum((rows * state["scale"]).sum(), AXIS)}
+
+    state = {"sum": np.float32(1), "scale": np.float32(3)}
+    rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+    with jax.disable_jit():
+        compiled = strategy.compile(step, outputs="replicated", donate=True)
+        found = strategy.fetch(compiled(strategy.replicate(state), strategy.split(rows)))
+        doubled = strategy.compile(lambda a, b: 2 * b, outputs="split")
+        rows_back = strategy.gather(doubled(strategy.replicate(state), strategy.split(rows)))
+    assert found["sum"] == 1 + 3 * 28
+    np.testing.assert_array_equal(rows_back, 2 * rows)

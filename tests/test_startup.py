@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from test_experiments import SMALL
 from test_experiments import run as run_script
+
+from jaxunet import environment, startup
 
 FAULTS = """
 import resource
@@ -77,3 +80,85 @@ def test_a_second_start_of_the_same_run_compiles_nothing(tmp_path, monkeypatch):
     assert len(programs) > 3
     run_script(*words, "--out", tmp_path / "second")
     assert {path.name for path in cache.iterdir() if path.name.endswith("-cache")} == programs
+
+
+def test_a_user_without_a_home_gets_no_cache_and_no_error(tmp_path, monkeypatch):
+    """No HOME and no entry in passwd: `docker --user`, some schedulers."""
+
+    def unknown(*_):
+        raise KeyError("uid not found")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert startup.use_compilation_cache() is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_platform_that_is_not_there_is_one_sentence(tmp_path):
+    platforms = "cuda"
+    if any(device.platform == "gpu" for device in jax.devices()):
+        platforms = "rocm"
+    script = Path(__file__).parents[1] / "experiments" / "gpu_programme.py"
+    done = subprocess.run(
+        [sys.executable, script, "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+    )
+    assert done.returncode == 1
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert f"JAX_PLATFORMS is '{platforms}'" in said
+    assert "JAX_PLATFORMS=cpu" in said
+    assert "Traceback" not in done.stderr
+
+
+def test_other_errors_are_not_taken_for_those_of_devices():
+    assert startup.device_error(AssertionError()) is None
+    assert startup.device_error(ZeroDivisionError()) is None
+
+
+def test_windows_is_told_where_jaxunet_runs():
+    code = "import sys; sys.platform = 'win32'\nimport jaxunet"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "jaxunet runs on Linux and macOS; on Windows, run it in WSL2" in done.stderr
+
+
+def test_a_deprecated_call_of_our_own_fails_the_tests():
+    code = compile("import warnings; warnings.warn('old', FutureWarning)", "x", "exec")
+    with pytest.raises(FutureWarning):
+        exec(code, {"__name__": "jaxunet.any.module"})
+
+
+# What is recorded of code and versions
+
+
+def git(folder, *words):
+    names = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", *names, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_is_of_the_repository_that_tracks_the_file(tmp_path):
+    (tmp_path / "own.py").write_text("1")
+    package = tmp_path / "venv" / "package.py"
+    package.parent.mkdir()
+    package.write_text("2")
+    assert environment._git_commit(package) is None
+    git(tmp_path, "init")
+    git(tmp_path, "add", "own.py")
+    git(tmp_path, "commit", "-m", "one")
+    head = (tmp_path / ".git" / "refs" / "heads").glob("*")
+    assert environment._git_commit(tmp_path / "own.py") == next(head).read_text().strip()
+    assert environment._git_commit(package) is None  # in another's repository
+
+
+def test_a_package_that_is_used_without_being_installed_is_recorded_so():
+    found = environment.environment("no-such-package")["versions"]
+    assert found["no-such-package"] is None
+    assert found["jax"] == jax.__version__

@@ -120,7 +120,7 @@ def choose(
         theirs, ours = (".".join(map(str, v)) for v in (ffi_version, FFI_VERSION))
         return f"jaxlib's foreign function interface is {theirs}, not {ours} or a later minor"
     found = blocks_for(machine, features)
-    if found is None and setting == "avx2":
+    if setting == "avx2" and (found is None or machine != "x86_64"):
         raise ConfigError(
             f"The environment variable {SWITCH} is avx2, but this processor ({machine}) has no "
             "AVX2 with FMA; leave it unset, or set it to 0."
