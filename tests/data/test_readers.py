@@ -40,6 +40,12 @@ def test_a_position_set_on_a_reader_that_has_begun_counts():
     assert list(batches) == []
 
 
+def test_one_process_reads_whole_batches_unless_told_otherwise():
+    order = Order(7, 4, seed=2)
+    for batch in range(4):
+        assert order.local_indices(batch).tolist() == order.indices(batch).tolist()
+
+
 def png(values):
     buffer = io.BytesIO()
     Image.fromarray(np.array([values], np.uint16)).save(buffer, format="PNG")
