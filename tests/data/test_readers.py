@@ -46,6 +46,10 @@ def test_one_process_reads_whole_batches_unless_told_otherwise():
         assert order.local_indices(batch).tolist() == order.indices(batch).tolist()
 
 
+def test_padding_is_the_number_of_no_example():
+    assert Order(7, 3).indices(2).tolist() == [6, -1, -1]
+
+
 def png(values):
     buffer = io.BytesIO()
     Image.fromarray(np.array([values], np.uint16)).save(buffer, format="PNG")
