@@ -48,8 +48,6 @@ Mode = Literal["train", "eval", "predict"]
 MODES: tuple[Mode, ...] = ("train", "eval", "predict")
 
 
-TOTAL_STEPS = 2**31 - 1  # of the schedule: of any length, as a step's time depends on none
-
 Contestant = Callable[[int], None]
 """Does as many steps as it is told, and returns when the last one is finished."""
 

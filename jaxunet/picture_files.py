@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxunet.data.sources import _image_suffixes
+from jaxunet.data.listing import image_suffixes
 from jaxunet.errors import DataError
 
 MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX = "_segmentation", "_overlay", "_probability"
@@ -62,14 +62,14 @@ def plan(
         for path in _files(entry, recursive):
             if path.name.startswith(".") or path.stem.endswith(NO_INPUTS):
                 found.results.append(path)
-            elif path.suffix.lower() not in _image_suffixes():
+            elif path.suffix.lower() not in image_suffixes():
                 found.others.append(path)
             else:
                 found.pictures.append(Picture(path, out / path.parent.relative_to(entry)))
         if len(found.pictures) == before:
             raise DataError(
                 f"{entry} holds no image to predict (masks, overlays and hidden files do not "
-                f"count); looked for {' '.join(sorted(_image_suffixes()))}"
+                f"count); looked for {' '.join(sorted(image_suffixes()))}"
                 + (", in folders below it too." if recursive else ", not in folders below it.")
             )
     unique: dict[Path, Picture] = {}

@@ -143,7 +143,7 @@ def list_images(root: Path, *, without: Path | None = None) -> Listing:
         if any("\ud800" <= character <= "\udfff" for character in file.name):
             # How Python passes on the bytes of a name that cannot be decoded.
             listing.problems.append(f"{str(file)!a} has a name that is not UTF-8. Rename it.")
-        elif extension in _image_suffixes():
+        elif extension in image_suffixes():
             listing.files.append(file)
         elif extension in _UNREAD:
             kind = _UNREAD[extension]
@@ -238,10 +238,10 @@ def _members(path: Path, problems: list[str]) -> list[tuple[SourceFile, tuple[st
 
 
 @cache
-def _image_suffixes() -> set[str]:
+def image_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is one that `list_images` lists."""
-    return name[:1] != "." and PurePosixPath(name).suffix.lower() in _image_suffixes()
+    return name[:1] != "." and PurePosixPath(name).suffix.lower() in image_suffixes()

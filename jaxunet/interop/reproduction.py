@@ -17,13 +17,14 @@ import torch.nn.functional as F
 
 from jaxunet.augment import example_keys, seed_key
 from jaxunet.bars import Bar
-from jaxunet.config import Config, differences
+from jaxunet.config import Config, to_dict
 from jaxunet.data.order import Order
 from jaxunet.data.pipeline import HostBatch, Source, make_batches
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.metrics import scores
+from jaxunet.provenance import disagreement
 from jaxunet.steps import init_state, make_recipe
 
 
@@ -65,13 +66,16 @@ FOLLOWED = (
 
 def check_followed(config: Config) -> None:
     """Raise `ConfigError` unless `train_pytorch` does all that `config` asks for."""
-    plain = replace(Config(), data=config.data)
-    asked = [line for line in differences(plain, config) if line.split(":")[0] not in FOLLOWED]
+    asked = disagreement(
+        to_dict(replace(Config(), data=config.data)),
+        to_dict(config),
+        recorded="--against pytorch, which trains the reference design by its own protocol "
+        "(BCE, Adam, a constant rate),",
+        there="what was asked",
+        ignore=FOLLOWED,
+    )
     if asked:
-        raise ConfigError(
-            "--against pytorch trains the reference design by its own protocol (BCE, Adam, a "
-            f"constant rate), and has no {'; '.join(asked)}. Leave that out, or --against."
-        )
+        raise ConfigError(f"{asked} Leave that out, or --against.")
 
 
 def flips(seed: int, batch_size: int) -> Callable[[int], np.ndarray]:
