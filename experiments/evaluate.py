@@ -24,10 +24,11 @@ from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.feed import Feed
-from jaxunet.files import write_json
+from jaxunet.files import check_writable, write_json
 from jaxunet.parallel import Strategy, check_divisible, make_strategy
 from jaxunet.picture_files import MASK_SUFFIX
 from jaxunet.prediction import zip_masks
+from jaxunet.run import other_data, read_record, recorded_dataset, recorded_fingerprint
 from jaxunet.steps import eval_step
 from jaxunet.trained import TrainedModel, compile_probabilities, load
 
@@ -92,17 +93,6 @@ def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool
         if name not in (*OF_RUN, *READING)
     )
     return DataConfig(**vars(filled)), on_purpose
-
-
-def changed(recorded: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """How the data differ from those that a run's record names; None if they don't."""
-    before, after = recorded.get("fingerprint"), found["fingerprint"]
-    if recorded.get("name") == found["name"] and before in (None, after):
-        return None
-    return (
-        f"The run was made from {recorded.get('name')}, fingerprint {before}; the data there "
-        f"are now {found['name']}, fingerprint {after}"
-    )
 
 
 def file_name(split: str, *, native: bool, other: str | None, best: bool) -> str:
@@ -172,9 +162,6 @@ def main() -> None:
     distributed.on_main(
         lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
     )
-    record = distributed.on_main(
-        lambda: json.loads((run / "config.json").read_bytes()), "reading the run's record"
-    )
     chosen, on_purpose = choose_data(arguments, model.config.data)
     config = replace(model.config, data=chosen)
     check_divisible("train.eval_batch_size", config.train.eval_batch_size, jax.device_count())
@@ -182,15 +169,18 @@ def main() -> None:
     if arguments.native:
         pairs, dataset = originals(chosen, split)
     else:
+        recorded = None if on_purpose else recorded_fingerprint(run)
         data = distributed.main_first(
-            lambda: prepare(chosen, progress=distributed.is_main()), "preparing the data"
+            lambda: prepare(chosen, progress=distributed.is_main(), recorded=recorded),
+            "preparing the data",
         )
         dataset = describe_split(data, split, chosen.image_size)
-    recorded = record.get("dataset", {})
-    difference = changed(recorded, dataset)
+    difference = distributed.on_main(
+        lambda: other_data(run, dataset, chosen), "comparing the data"
+    )
     if difference and not on_purpose:
         raise DataError(
-            f"{difference}. What was trained on may now be in {split}. If they are meant, as "
+            f"{difference} What was trained on may now be in {split}. If they are meant, as "
             "other data than the run's, say so with --data.dir."
         )
     name = file_name(
@@ -213,7 +203,8 @@ def main() -> None:
         return
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
-    write_json(path, {**result, "trained_on": recorded, **made})
+    trained_on = recorded_dataset(read_record(run))
+    write_json(path, {**result, "trained_on": trained_on, **made})
     print_scores(result)
     print(f"Written: {path}")
 
