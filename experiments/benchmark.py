@@ -392,6 +392,9 @@ def main() -> None:
     arguments = parse(Arguments, "Measure step throughput.", default)
     if arguments.rounds < 1:
         raise ConfigError(f"--rounds is {arguments.rounds}, but at least 1 must be timed.")
+    check_writable(arguments.out, "--out")
+    if arguments.profile is not None:
+        check_writable(arguments.profile, "--profile")
     points = settings(arguments)
     against = ["torch"] if arguments.against == "pytorch" else []
     if against:  # before any long work starts

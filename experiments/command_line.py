@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from jaxunet import distributed
 from jaxunet.config import Config
-from jaxunet.errors import ConfigError, JaxUNetError, RunError, Stopped
+from jaxunet.errors import ConfigError, JaxUNetError, Stopped
 from jaxunet.startup import device_error, start
 
 T = TypeVar("T")
@@ -80,23 +79,6 @@ def _expanded(value: Any) -> Any:
         new = {name: _expanded(each) for name, each in old.items()}
         return value if new == old else dataclasses.replace(value, **new)
     return value
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Make `folder` if it isn't there; before long work, not after it.
-
-    Raises:
-        RunError: it can't be made, or no file can be made in it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RunError(
-            f"{option} {folder} cannot be written to: {error.strerror}. Give --out a folder "
-            "that can."
-        ) from error
 
 
 def take_preset(args: list[str]) -> tuple[str | None, list[str]]:

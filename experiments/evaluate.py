@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
 import tyro
-from command_line import check_writable, parse, print_scores, run_script
+from command_line import parse, print_scores, run_script
 
 from jaxunet import distributed
 from jaxunet.challenge import evaluate_native, originals

@@ -10,12 +10,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
-from command_line import check_writable, parse, run_script
+from command_line import parse, run_script
 
 from jaxunet.config import require_positive
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError
-from jaxunet.files import write_json
+from jaxunet.files import check_writable, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -9,9 +9,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
 import tyro
-from command_line import check_writable, parse, run_script
+from command_line import parse, run_script
 
 from jaxunet.config import require_at_least
+from jaxunet.files import check_writable
 from jaxunet.parallel import make_strategy
 from jaxunet.picture_files import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.prediction import predict_files

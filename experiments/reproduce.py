@@ -18,10 +18,10 @@ from rich.table import Table
 from jaxunet.config import Config, to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.environment import command_line, environment
-from jaxunet.errors import ConfigError, RunError
+from jaxunet.errors import ConfigError
 from jaxunet.evaluation import describe_split
 from jaxunet.figures import loss_comparison
-from jaxunet.files import write_json
+from jaxunet.files import check_writable, write_json
 from jaxunet.run import read_metrics
 from jaxunet.training import train
 
@@ -88,14 +88,7 @@ def check(arguments: Arguments) -> None:
         from jaxunet.interop.reproduction import check_followed
 
         check_followed(arguments.config)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.out):
-            pass
-    except OSError as error:
-        raise RunError(
-            f"--out {arguments.out} cannot be written to: {error.strerror}."
-        ) from error
+    check_writable(arguments.out, "--out")
 
 
 def spread(values: list[float], digits: int = 4) -> str:
