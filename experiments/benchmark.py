@@ -21,7 +21,7 @@ from jaxunet.data import prepare
 from jaxunet.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.figures import scaling, throughput
-from jaxunet.files import write_json
+from jaxunet.files import check_writable, write_json
 from jaxunet.parallel import check_divisible, make_strategy
 
 Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation", "layers"]
