@@ -14,15 +14,16 @@ from command_line import parse, run_script
 from rich.console import Console
 from rich.table import Table
 
-from jaxunet import benchmark, cpu
-from jaxunet.benchmark import Contestant, describe, ratio, time_rounds
+from jaxunet.bench import benchmark
+from jaxunet.bench.benchmark import Contestant, describe, ratio, time_rounds
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
 from jaxunet.data import prepare
-from jaxunet.environment import command_line, environment
+from jaxunet.devices.environment import command_line, environment
+from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import ConfigError
-from jaxunet.figures import scaling, throughput
 from jaxunet.files import check_writable, write_json
-from jaxunet.parallel import check_divisible, make_strategy
+from jaxunet.model import cpu
+from jaxunet.runs.figures import scaling, throughput
 
 Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation", "layers"]
 VARIABLES = ("XLA_FLAGS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", cpu.SWITCH)
@@ -152,7 +153,7 @@ def measure_steps(setting: Setting, arguments: Arguments, rate: float) -> dict[s
         theirs: dict[str, Any] = {}
         unavailable: dict[str, str] = {}
         if arguments.against == "pytorch":
-            from jaxunet.interop.pytorch_benchmark import make_pytorch_steps
+            from jaxunet.bench.pytorch import make_pytorch_steps
 
             theirs, unavailable = make_pytorch_steps(config, mode, state, batch_size)
             contestants.update({f"pytorch_{form}": run for form, run in theirs.items()})
@@ -197,7 +198,7 @@ def measure_layers(setting: Setting, arguments: Arguments) -> list[dict[str, Any
         ours = benchmark.make_products(shape, dtype)
         theirs: dict[str, Contestant] = {}
         if arguments.against == "pytorch":
-            from jaxunet.interop.pytorch_benchmark import make_pytorch_products
+            from jaxunet.bench.pytorch import make_pytorch_products
 
             theirs = make_pytorch_products(shape, dtype)
         for product, run in ours.items():

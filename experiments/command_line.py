@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from jaxunet import distributed
 from jaxunet.config import Config
+from jaxunet.devices import distributed
+from jaxunet.devices.startup import device_error, start
 from jaxunet.errors import ConfigError, JaxUNetError, Stopped
-from jaxunet.startup import device_error, start
 
 T = TypeVar("T")
 

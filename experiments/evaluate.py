@@ -15,22 +15,27 @@ import jax
 import tyro
 from command_line import parse, print_scores, run_script
 
-from jaxunet import distributed
-from jaxunet.challenge import evaluate_native, originals
 from jaxunet.config import Config, DataConfig, to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.data.sources import Pair
-from jaxunet.environment import command_line, environment
+from jaxunet.devices import distributed
+from jaxunet.devices.environment import command_line, environment
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
-from jaxunet.evaluation import Evaluation, describe_split, evaluate, report
-from jaxunet.feed import Feed
 from jaxunet.files import check_writable, write_json
-from jaxunet.parallel import Strategy, check_divisible, make_strategy
-from jaxunet.picture_files import MASK_SUFFIX
-from jaxunet.prediction import zip_masks
-from jaxunet.run import other_data, read_record, recorded_dataset, recorded_fingerprint
-from jaxunet.steps import eval_step
-from jaxunet.trained import TrainedModel, compile_probabilities, load
+from jaxunet.inference.challenge import evaluate_native, originals
+from jaxunet.inference.pictures import MASK_SUFFIX
+from jaxunet.inference.prediction import zip_masks
+from jaxunet.learning.steps import eval_step
+from jaxunet.runs.directory import (
+    other_data,
+    read_record,
+    recorded_dataset,
+    recorded_fingerprint,
+)
+from jaxunet.runs.evaluation import Evaluation, describe_split, evaluate, report
+from jaxunet.runs.loading import TrainedModel, compile_probabilities, load
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
 T = TypeVar("T")

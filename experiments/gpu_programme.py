@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 from command_line import parse, run_script
 
 from jaxunet.config import require_positive
-from jaxunet.environment import command_line, environment
+from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
 

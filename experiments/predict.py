@@ -12,12 +12,12 @@ import tyro
 from command_line import parse, run_script
 
 from jaxunet.config import require_at_least
+from jaxunet.devices.strategies import make_strategy
 from jaxunet.files import check_writable
-from jaxunet.parallel import make_strategy
-from jaxunet.picture_files import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
-from jaxunet.prediction import predict_files
-from jaxunet.run import load_config
-from jaxunet.trained import compile_probabilities, load
+from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
+from jaxunet.inference.prediction import predict_files
+from jaxunet.runs.directory import load_config
+from jaxunet.runs.loading import compile_probabilities, load
 
 
 @dataclass(frozen=True)

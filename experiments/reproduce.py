@@ -17,13 +17,13 @@ from rich.table import Table
 
 from jaxunet.config import Config, to_dict
 from jaxunet.data import Prepared, prepare
-from jaxunet.environment import command_line, environment
+from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
-from jaxunet.evaluation import describe_split
-from jaxunet.figures import loss_comparison
 from jaxunet.files import check_writable, write_json
-from jaxunet.run import read_metrics
-from jaxunet.training import train
+from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.evaluation import describe_split
+from jaxunet.runs.figures import loss_comparison
+from jaxunet.runs.training import train
 
 REPORTED = {"dice": 0.8494, "iou": 0.7480}
 LABELS = {"pytorch": "PyTorch", "jaxunet": "jaxunet"}

@@ -10,11 +10,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 from command_line import look_ahead, parse, preset, print_scores, run_script, take_preset
 from presets import PRESETS
 
-from jaxunet import distributed
 from jaxunet.config import Config
 from jaxunet.data import prepare
-from jaxunet.run import RunDirectory, config_of_main, load_config, recorded_fingerprint
-from jaxunet.training import train
+from jaxunet.devices import distributed
+from jaxunet.runs.directory import (
+    RunDirectory,
+    config_of_main,
+    load_config,
+    recorded_fingerprint,
+)
+from jaxunet.runs.training import train
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ for each: a worker ends when its pipe does, and that is when the run ends, howev
 
 import atexit
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +22,13 @@ from typing import Any
 from jaxunet.errors import RunError
 
 Read = Callable[[int], Any]
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Workers:

@@ -17,17 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxunet import distributed, training
 from jaxunet.config import Config, from_dict
 from jaxunet.data import Prepared, prepare
+from jaxunet.devices import distributed
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import Pmap, ShardMap, make_strategy
 from jaxunet.errors import DataError, JaxUNetError
-from jaxunet.evaluation import evaluate
-from jaxunet.feed import Feed
 from jaxunet.files import write_json
-from jaxunet.parallel import Pmap, ShardMap, make_strategy
-from jaxunet.run import RunDirectory
-from jaxunet.steps import eval_step
-from jaxunet.trained import load
+from jaxunet.learning.steps import eval_step
+from jaxunet.runs import training
+from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.evaluation import evaluate
+from jaxunet.runs.loading import load
 
 
 class Recorded:

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from small_data import encoded, write_files
 
-from jaxunet import training
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import Prepared, prepare
-from jaxunet.run import RunDirectory, read_metrics
-from jaxunet.training import Outcome, Trainer, train
+from jaxunet.runs import training
+from jaxunet.runs.directory import RunDirectory, read_metrics
+from jaxunet.runs.training import Outcome, Trainer, train
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "loss": ("bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"),

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from test_experiments import run as run_script
 
-from jaxunet import benchmark, conv
+from jaxunet.bench import benchmark
+from jaxunet.bench.flops import forward_flops, layers, train_flops
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from jaxunet.flops import forward_flops, layers, train_flops
-from jaxunet.parallel import make_strategy
-from jaxunet.unet import make_unet
+from jaxunet.devices.strategies import make_strategy
+from jaxunet.model import layers as conv
+from jaxunet.model.unet import make_unet
 
 
 def test_flops_of_a_tiny_model_are_those_of_a_count_by_hand():

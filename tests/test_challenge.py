@@ -14,12 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxunet.challenge import count, evaluate_native, originals, read_truth, score_folders
 from jaxunet.config import DataConfig
 from jaxunet.data import prepare
 from jaxunet.errors import DataError
-from jaxunet.metrics import per_image, scores
-from jaxunet.prediction import zip_masks
+from jaxunet.inference.challenge import (
+    count,
+    evaluate_native,
+    originals,
+    read_truth,
+    score_folders,
+)
+from jaxunet.inference.prediction import zip_masks
+from jaxunet.learning.metrics import per_image, scores
 
 GOLDEN = Path(__file__).parent / "golden" / "isic_challenge_scoring.json"
 NAMES = {"jaccard": "iou"}  # theirs: ours

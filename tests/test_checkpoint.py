@@ -11,12 +11,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxunet import checkpoint
-from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, ModelConfig
 from jaxunet.errors import RunError
-from jaxunet.integrity import checksum_of
-from jaxunet.steps import init_state, make_recipe
+from jaxunet.learning.steps import init_state, make_recipe
+from jaxunet.runs import checkpoint
+from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.integrity import checksum_of
 
 LIKE = jax.eval_shape(
     partial(init_state, make_recipe(Config(model=ModelConfig(width=2, depth=2)), 1))

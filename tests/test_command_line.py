@@ -20,8 +20,8 @@ from bad_input.ground import SCRIPTS, run
 from PIL import Image
 
 from jaxunet.config import Config, DataConfig, ModelConfig, to_dict
+from jaxunet.devices.startup import use_compilation_cache
 from jaxunet.errors import ConfigError
-from jaxunet.startup import use_compilation_cache
 
 ALL = sorted(
     path.name for path in SCRIPTS.glob("*.py") if "run_script(main)" in path.read_text()
@@ -80,7 +80,7 @@ def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch):
     error = RuntimeError("Could not determine home directory.")
     monkeypatch.setattr(platformdirs, "user_cache_path", mock.Mock(side_effect=error))
     on = SimpleNamespace(jax_enable_compilation_cache=True, jax_compilation_cache_dir=None)
-    with mock.patch("jaxunet.startup.jax.config", on):
+    with mock.patch("jaxunet.devices.startup.jax.config", on):
         assert use_compilation_cache() is None
 
 
@@ -161,7 +161,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"config": to_dict(Config())}))
     loaded = AssertionError("the model was loaded")
-    monkeypatch.setattr("jaxunet.trained.load", mock.Mock(side_effect=loaded))
+    monkeypatch.setattr("jaxunet.runs.loading.load", mock.Mock(side_effect=loaded))
     return tmp_path
 
 

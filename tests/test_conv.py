@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jaxunet.conv import conv3x3, max_pool2x2, up_conv2x2
+from jaxunet.model.layers import conv3x3, max_pool2x2, up_conv2x2
 
 # By rule: loops where the processor has them (rows of one to several blocks, each edge of an
 # image, channels of whole blocks and others, near and far ones, strips that end with an image,

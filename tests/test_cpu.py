@@ -14,12 +14,13 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
-from jaxunet import conv, cpu
-from jaxunet.cpu import calls
-from jaxunet.cpu.loops import build
-from jaxunet.environment import environment
+from jaxunet.devices.environment import environment
+from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.errors import ConfigError
-from jaxunet.startup import say_if_loops_are_off
+from jaxunet.model import cpu
+from jaxunet.model import layers as conv
+from jaxunet.model.cpu import calls
+from jaxunet.model.cpu.loops import build
 
 HERE = cpu.blocks()
 AVX2, AVX512, NEON = (8, (8, 4), 4), (16, (16, 8, 4), 8), (4, (16, 8, 4), 8)

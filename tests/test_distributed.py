@@ -20,7 +20,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxunet import distributed
 from jaxunet.config import (
     Config,
     DataConfig,
@@ -30,8 +29,9 @@ from jaxunet.config import (
     to_dict,
 )
 from jaxunet.data import prepare
+from jaxunet.devices import distributed
 from jaxunet.errors import ConfigError
-from jaxunet.run import read_metrics
+from jaxunet.runs.directory import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 GROUPS = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}  # processes, devices of each

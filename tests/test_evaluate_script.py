@@ -15,9 +15,9 @@ from small_data import encoded, half_mask, picture, write_files
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
-from jaxunet.parallel import make_strategy
-from jaxunet.trained import compile_probabilities, load
-from jaxunet.training import train
+from jaxunet.devices.strategies import make_strategy
+from jaxunet.runs.loading import compile_probabilities, load
+from jaxunet.runs.training import train
 
 
 def write_pairs(folder, seeds):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxunet.run import read_metrics
+from jaxunet.runs.directory import read_metrics
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"
 SMALL = [

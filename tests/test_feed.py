@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxunet import feed as feed_module
 from jaxunet.config import DataConfig
 from jaxunet.data.order import Order
+from jaxunet.devices import feed as feed_module
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import ConfigError
-from jaxunet.feed import Feed
-from jaxunet.parallel import make_strategy
 
 SIDE = 6
 

@@ -1,4 +1,4 @@
-"""`jaxunet.figures`: which rows are shown, where outlines lie, what the pictures contain."""
+"""`jaxunet.runs.figures`: which rows are shown, where outlines lie, what the pictures contain."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from jaxunet import figures
-from jaxunet.reporting import write_figures
+from jaxunet.runs import figures
+from jaxunet.runs.reporting import write_figures
 
 BLUE, GREEN, VERMILLION = figures.BLUE, figures.GREEN, figures.VERMILLION
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from small_data import encoded, picture
 
-from jaxunet import training
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.errors import ConfigError, RunError
-from jaxunet.evaluation import Evaluation, report
-from jaxunet.optim import make_schedule
-from jaxunet.run import load_config, read_metrics
-from jaxunet.training import train
+from jaxunet.learning.optim import make_schedule
+from jaxunet.runs import training
+from jaxunet.runs.directory import load_config, read_metrics
+from jaxunet.runs.evaluation import Evaluation, report
+from jaxunet.runs.training import train
 
 
 @pytest.fixture(scope="module")

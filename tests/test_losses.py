@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jaxunet.losses import LOSSES, dice, focal, jaccard, lesion_logits, lovasz, tversky
+from jaxunet.learning.losses import LOSSES, dice, focal, jaccard, lesion_logits, lovasz, tversky
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (3, 6, 5, 1)).astype(np.float32)

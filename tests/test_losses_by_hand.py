@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from jaxunet.losses import dice, focal, jaccard, tversky
+from jaxunet.learning.losses import dice, focal, jaccard, tversky
 
 # Probabilities 1, 1, 0, 0 against truth 1, 0, 1, 0: TP 1, FP 1, FN 1.
 LOGITS = jnp.array([100.0, 100.0, -100.0, -100.0]).reshape(1, 2, 2, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
 
-from jaxunet.metrics import confusion_counts, per_image, scores
+from jaxunet.learning.metrics import confusion_counts, per_image, scores
 
 NAMES = ("dice", "iou", "threshold_jaccard", "accuracy", "sensitivity", "specificity")
 

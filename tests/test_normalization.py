@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxunet.normalization import BatchNorm
+from jaxunet.model.normalization import BatchNorm
 
 RNG = np.random.default_rng(0)
 SCALE, BIAS = np.array([0.5, 2.0], np.float32), np.array([1.0, -3.0], np.float32)

@@ -9,8 +9,8 @@ import torch
 
 from jaxunet.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.errors import ConfigError, RunError
-from jaxunet.optim import extend_schedule, make_optimizer, make_schedule, update_ema
-from jaxunet.steps import init_state, make_recipe
+from jaxunet.learning.optim import extend_schedule, make_optimizer, make_schedule, update_ema
+from jaxunet.learning.steps import init_state, make_recipe
 
 RNG = np.random.default_rng(0)
 MATRICES = RNG.normal(size=(50, 4, 6)).astype(np.float32)

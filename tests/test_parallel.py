@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import ConfigError
-from jaxunet.parallel import check_divisible, make_strategy
-from jaxunet.steps import AXIS, eval_step, init_state, make_recipe, predict_step, train_step
+from jaxunet.learning.steps import (
+    AXIS,
+    eval_step,
+    init_state,
+    make_recipe,
+    predict_step,
+    train_step,
+)
 
 CONFIG = Config(
     data=DataConfig(image_size=8),

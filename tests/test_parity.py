@@ -14,11 +14,11 @@ from flax import linen as nn
 from pytorch_designs import MilesialUNet, ReferenceUNet, arrays, enliven
 
 from jaxunet.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.devices.strategies import make_strategy
 from jaxunet.interop.pytorch import state_dict_from_variables, variables_from_state_dict
-from jaxunet.losses import LOSSES, lesion_logits
-from jaxunet.parallel import make_strategy
-from jaxunet.steps import make_recipe, state_from_variables, train_step
-from jaxunet.unet import DecoderLevel, make_unet
+from jaxunet.learning.losses import LOSSES, lesion_logits
+from jaxunet.learning.steps import make_recipe, state_from_variables, train_step
+from jaxunet.model.unet import DecoderLevel, make_unet
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ from PIL import Image
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data.order import Order
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError
-from jaxunet.feed import Feed
-from jaxunet.parallel import check_divisible, make_strategy
-from jaxunet.prediction import clean_up, predict_files
-from jaxunet.steps import init_state, make_recipe, train_step
-from jaxunet.unet import center_crop, center_pad
+from jaxunet.inference.prediction import clean_up, predict_files
+from jaxunet.learning.steps import init_state, make_recipe, train_step
+from jaxunet.model.unet import center_crop, center_pad
 
 
 def test_cropping_and_padding_put_the_odd_column_on_the_far_side_too():

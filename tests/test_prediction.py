@@ -1,4 +1,4 @@
-"""`jaxunet.prediction` with a fake model: a pixel's probability is its red value / 255."""
+"""`jaxunet.inference.prediction` with a fake model: a pixel's probability is its red value / 255."""
 
 import errno
 import os
@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from jaxunet.errors import DataError
-from jaxunet.picture_files import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
-from jaxunet.prediction import (
+from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
+from jaxunet.inference.prediction import (
     clean_up,
     mask_at_size,
     predict_files,

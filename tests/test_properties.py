@@ -26,7 +26,7 @@ from jaxunet.data.images import encode_png, read_image, read_mask, resize_image,
 from jaxunet.data.order import PADDING, Order
 from jaxunet.data.pipeline import BatchReader
 from jaxunet.errors import ConfigError
-from jaxunet.metrics import confusion_counts, per_image, scores
+from jaxunet.learning.metrics import confusion_counts, per_image, scores
 from jaxunet.provenance import disagreement
 
 settings.register_profile(

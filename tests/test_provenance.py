@@ -13,15 +13,15 @@ import pytest
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
-from jaxunet.evaluation import describe_split, evaluate
-from jaxunet.feed import Feed
-from jaxunet.parallel import make_strategy
+from jaxunet.learning.steps import eval_step
 from jaxunet.provenance import disagreement
-from jaxunet.run import load_config, other_data, read_metrics, recorded_fingerprint
-from jaxunet.steps import eval_step
-from jaxunet.trained import compile_probabilities, load
-from jaxunet.training import train
+from jaxunet.runs.directory import load_config, other_data, read_metrics, recorded_fingerprint
+from jaxunet.runs.evaluation import describe_split, evaluate
+from jaxunet.runs.loading import compile_probabilities, load
+from jaxunet.runs.training import train
 
 RUNS = Path(__file__).parent / "runs" / "v0.1.tar.gz"
 

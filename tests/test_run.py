@@ -11,8 +11,8 @@ from jaxunet import files
 from jaxunet.config import Config
 from jaxunet.errors import RunError
 from jaxunet.files import check_encodable, check_writable, system_error, why
-from jaxunet.log import MetricsLog
-from jaxunet.run import RunDirectory, read_metrics
+from jaxunet.runs.directory import RunDirectory, read_metrics
+from jaxunet.runs.log import MetricsLog
 
 CONFIG = Config()
 

@@ -10,11 +10,11 @@ import pytest
 from test_experiments import SMALL
 from test_experiments import run as run_script
 
-from jaxunet import environment, startup
+from jaxunet.devices import environment, startup
 
 FAULTS = """
 import resource
-from jaxunet.startup import keep_freed_memory
+from jaxunet.devices.startup import keep_freed_memory
 print(keep_freed_memory())
 import jax, jax.numpy as jnp
 # Its temporary has 64 MiB: up to 32 MiB glibc learns by itself to keep what is freed.
@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 CACHE = """
 import jax
-from jaxunet.startup import use_compilation_cache
+from jaxunet.devices.startup import use_compilation_cache
 print(use_compilation_cache())
 print(jax.jit(lambda x: x + 1)(1))
 """

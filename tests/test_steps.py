@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxunet.augment import example_keys, random_flip, seed_key
-from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data.order import Order, generator
-from jaxunet.earlier import forms
+from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
-from jaxunet.normalization import BatchNorm
-from jaxunet.parallel import make_strategy
-from jaxunet.run import RunDirectory
-from jaxunet.steps import eval_step, init_state, make_recipe, train_step
-from jaxunet.trained import load
+from jaxunet.learning.augment import example_keys, random_flip, seed_key
+from jaxunet.learning.steps import eval_step, init_state, make_recipe, train_step
+from jaxunet.model.normalization import BatchNorm
+from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.earlier import forms
+from jaxunet.runs.loading import load
 
 CONFIG = Config(
     data=DataConfig(image_size=8),

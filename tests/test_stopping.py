@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jaxunet.stopping import STOP_SIGNALS, stop_requests
+from jaxunet.runs.stopping import STOP_SIGNALS, stop_requests
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from jaxunet.losses import LOSSES
-from jaxunet.parallel import make_strategy
-from jaxunet.steps import eval_step, init_state, make_recipe, predict_step, train_step
+from jaxunet.devices.strategies import make_strategy
+from jaxunet.learning.losses import LOSSES
+from jaxunet.learning.steps import eval_step, init_state, make_recipe, predict_step, train_step
 
 PLAIN = Config(data=DataConfig(image_size=9), model=ModelConfig(width=2, depth=2))
 BATCH_NORM = Config(

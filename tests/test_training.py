@@ -11,17 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from jaxunet.checkpoint import Checkpoints
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import ConfigError, RunError
-from jaxunet.evaluation import evaluate
-from jaxunet.feed import Feed
-from jaxunet.parallel import make_strategy
-from jaxunet.run import RunDirectory, load_config, read_metrics
-from jaxunet.steps import eval_step
-from jaxunet.trained import load
-from jaxunet.training import Stopped, Trainer, train
+from jaxunet.learning.steps import eval_step
+from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.directory import RunDirectory, load_config, read_metrics
+from jaxunet.runs.evaluation import evaluate
+from jaxunet.runs.loading import load
+from jaxunet.runs.training import Stopped, Trainer, train
 
 EPOCHS, STEPS_PER_EPOCH = 2, 3
 
@@ -143,7 +143,7 @@ def test_a_run_with_worker_processes_resumes_bit_identical(config, data, unbroke
 def test_a_stop_during_evaluation_is_saved_and_resumed(
     config, data, unbroken, tmp_path, monkeypatch
 ):
-    import jaxunet.training as training
+    import jaxunet.runs.training as training
 
     real = training.evaluate
 
@@ -164,7 +164,7 @@ def test_the_clock_goes_on_where_a_stopped_run_left_it(config, data, tmp_path, m
     def restart():
         ticks = map(float, itertools.count())
         clock = SimpleNamespace(perf_counter=ticks.__next__)
-        monkeypatch.setattr("jaxunet.training.time", clock)
+        monkeypatch.setattr("jaxunet.runs.training.time", clock)
 
     restart()
     train_until(4, config, data, tmp_path / "run")

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from jaxunet.config import ModelConfig
-from jaxunet.conv import max_pool2x2
-from jaxunet.normalization import BatchNorm
-from jaxunet.unet import (
+from jaxunet.model.layers import max_pool2x2
+from jaxunet.model.normalization import BatchNorm
+from jaxunet.model.unet import (
     EncoderLevel,
     center_crop,
     center_pad,

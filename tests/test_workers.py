@@ -68,7 +68,9 @@ def finish(process):
 
 
 def test_workers_leave_signals_to_the_group_to_the_run(tmp_path):
-    from jaxunet.stopping import STOP_SIGNALS  # and with it JAX, which workers can do without
+    from jaxunet.runs.stopping import (
+        STOP_SIGNALS,  # and with it JAX, which workers can do without
+    )
 
     process = start(tmp_path)
     for number in STOP_SIGNALS:  # while they start,

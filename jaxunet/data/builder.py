@@ -21,8 +21,8 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from jaxunet.bars import Bar
 from jaxunet.data.check import report
 from jaxunet.data.images import encode_png, resize_image, resize_mask
-from jaxunet.environment import usable_cores
 from jaxunet.errors import DataError
+from jaxunet.workers import usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

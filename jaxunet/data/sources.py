@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from jaxunet.config import MAX_MEGAPIXELS, DataConfig
 from jaxunet.data.listing import Listing, SourceFile, count_no_images, list_images
-from jaxunet.environment import usable_cores
 from jaxunet.errors import DataError
+from jaxunet.workers import usable_cores
 
 MASK_SUFFIX = re.compile(r"_(segmentation|mask|lesion|label|gt)$", re.IGNORECASE)
 """What the name of a mask usually adds to the name of its image."""

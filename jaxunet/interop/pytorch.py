@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxunet.config import ModelConfig
 from jaxunet.errors import DataError
-from jaxunet.finite import not_finite
 from jaxunet.interop.layouts import Entry, LayoutName, entries, recognize, shown
 from jaxunet.interop.weight_files import State
+from jaxunet.runs.finite import not_finite
 
 LISTED = 12  # problems that a message names before it only counts them
 

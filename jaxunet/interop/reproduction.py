@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jaxunet.augment import example_keys, seed_key
 from jaxunet.bars import Bar
 from jaxunet.config import Config, to_dict
 from jaxunet.data.order import Order
@@ -23,9 +22,10 @@ from jaxunet.data.pipeline import HostBatch, Source, make_batches
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
-from jaxunet.metrics import scores
+from jaxunet.learning.augment import example_keys, seed_key
+from jaxunet.learning.metrics import scores
+from jaxunet.learning.steps import init_state, make_recipe
 from jaxunet.provenance import disagreement
-from jaxunet.steps import init_state, make_recipe
 
 
 @dataclass(frozen=True)

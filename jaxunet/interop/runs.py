@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxunet.checkpoint import Checkpoints, Which
 from jaxunet.config import Config, to_dict
 from jaxunet.errors import DataError, RunError
 from jaxunet.files import write_json
@@ -23,11 +22,12 @@ from jaxunet.interop.pytorch import (
     variables_from_state_dict,
 )
 from jaxunet.interop.weight_files import check_target, load_weights, save_weights, unwritable
-from jaxunet.run import RunDirectory
-from jaxunet.steps import Recipe, make_recipe, state_from_variables
-from jaxunet.trained import load
-from jaxunet.training import Progress
-from jaxunet.unet import count_parameters
+from jaxunet.learning.steps import Recipe, make_recipe, state_from_variables
+from jaxunet.model.unet import count_parameters
+from jaxunet.runs.checkpoint import Checkpoints, Which
+from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.loading import load
+from jaxunet.runs.training import Progress
 
 IMPORT_FILE = "pytorch.json"
 """In an imported run: the weight file's name and SHA-256, what of it was taken and as what,

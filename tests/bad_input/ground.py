@@ -20,7 +20,7 @@ from small_data import encoded, half_mask, isic_files, picture, write_files, wri
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.interop.weight_files import save_weights
-from jaxunet.training import train
+from jaxunet.runs.training import train
 
 SCRIPTS = Path(__file__).parents[2] / "experiments"
 SIDE = 16

@@ -36,7 +36,7 @@ def main() -> int:
     status = pytest.main([str(HERE)], plugins=[recorder])
     if status:
         return int(status)
-    from jaxunet.environment import environment
+    from jaxunet.devices.environment import environment
     from jaxunet.files import write_json
 
     outcomes = [row["outcome"] for row in recorder.table]

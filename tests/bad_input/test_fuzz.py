@@ -14,10 +14,10 @@ from PIL import Image
 from rows_pictures import saved, turned
 from small_data import encoded, half_mask, picture
 
-from jaxunet import trained
-from jaxunet.challenge import read_truth
 from jaxunet.data.images import read_image, read_mask
 from jaxunet.errors import DataError, RunError
+from jaxunet.inference.challenge import read_truth
+from jaxunet.runs import loading as trained
 
 PICTURE, MASK = picture(1), half_mask()
 PICTURES, CHECKPOINTS = 3000, 60

@@ -14,7 +14,7 @@ from jaxunet.data.listing import SourceFile
 from jaxunet.data.sources import Pair, Source
 from jaxunet.errors import DataError
 from jaxunet.files import write_json
-from jaxunet.run import load_config
+from jaxunet.runs.directory import load_config
 
 IDS = [f"lesion_{number:03d}" for number in range(12)]
 

@@ -146,7 +146,7 @@ def test_tfdata_yields_the_same_batches():
 
 def test_nothing_imports_tensorflow_or_torch_unless_asked():
     code = (
-        "import sys, jaxunet.training, jaxunet.prediction, jaxunet.data.prepare;"
+        "import sys, jaxunet.runs.training, jaxunet.inference.prediction, jaxunet.data.prepare;"
         "print({'tensorflow', 'torch'} & set(sys.modules))"
     )
     done = subprocess.run(

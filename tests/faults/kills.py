@@ -30,12 +30,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jaxunet.checkpoint import Checkpoints
 from jaxunet.data import prepare
-from jaxunet.environment import environment
+from jaxunet.devices.environment import environment
 from jaxunet.files import write_json
-from jaxunet.run import load_config, read_metrics
-from jaxunet.steps import init_state, make_recipe
+from jaxunet.learning.steps import init_state, make_recipe
+from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.directory import load_config, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 OPTIONS = [

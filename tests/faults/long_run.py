@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxunet.environment import environment
+from jaxunet.devices.environment import environment
 from jaxunet.files import write_json
-from jaxunet.run import read_metrics
+from jaxunet.runs.directory import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 100

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from test_experiments import SMALL, command, environment, run
 
-from jaxunet import trained
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.errors import RunError
-from jaxunet.training import train
+from jaxunet.runs import loading as trained
+from jaxunet.runs.training import train
 
 
 @pytest.fixture(scope="module")

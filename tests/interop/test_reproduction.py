@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from test_experiments import run as run_script
 
-from jaxunet.augment import random_flip
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.errors import ConfigError, RunError
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.interop.reproduction import FOLLOWED, check_followed, flips, train_pytorch
-from jaxunet.run import read_metrics
-from jaxunet.training import train
+from jaxunet.learning.augment import random_flip
+from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.training import train
 
 
 @pytest.mark.parametrize("augment", ["flip", "none"])
@@ -53,7 +53,7 @@ def test_both_frameworks_train_alike_from_the_same_start(augment, tmp_path):
 
 def test_the_flips_are_those_of_the_training_step():
     images = np.arange(2, dtype=np.uint8)[None, None, :, None] * np.ones((8, 2, 1, 3), np.uint8)
-    from jaxunet.augment import example_keys
+    from jaxunet.learning.augment import example_keys
 
     drawn = flips(seed=3, batch_size=8)
     seen = []

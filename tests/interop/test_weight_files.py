@@ -11,10 +11,10 @@ import torch
 from pytorch_designs import MilesialUNet, ReferenceUNet, enliven
 
 from jaxunet.errors import ConfigError, DataError
-from jaxunet.finite import not_finite
 from jaxunet.interop.layouts import prefixes
 from jaxunet.interop.pytorch import counters, variables_from_state_dict
 from jaxunet.interop.weight_files import check_target, load_weights, save_weights, unwritable
+from jaxunet.runs.finite import not_finite
 
 PREFIXES = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "net.unet.module."]
 

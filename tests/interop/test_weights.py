@@ -22,9 +22,9 @@ from jaxunet.interop import pytorch, runs
 from jaxunet.interop.layouts import layout_of
 from jaxunet.interop.pytorch import variables_from_state_dict
 from jaxunet.interop.runs import IMPORT_FILE, export_weights, import_weights
-from jaxunet.trained import load
-from jaxunet.training import train
-from jaxunet.unet import make_unet
+from jaxunet.model.unet import make_unet
+from jaxunet.runs.loading import load
+from jaxunet.runs.training import train
 
 DESIGNS = {
     "reference": lambda: ReferenceUNet(4),

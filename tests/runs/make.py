@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxunet import training
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
-from jaxunet.evaluation import evaluate
-from jaxunet.feed import Feed
-from jaxunet.parallel import make_strategy
-from jaxunet.run import read_metrics
-from jaxunet.steps import eval_step
-from jaxunet.trained import compile_probabilities, load
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import make_strategy
+from jaxunet.learning.steps import eval_step
+from jaxunet.runs import training
+from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.evaluation import evaluate
+from jaxunet.runs.loading import compile_probabilities, load
 
 BASE = Config(
     data=DataConfig(image_size=16, stored_size=16, synthetic_train=8, synthetic_validation=4),

@@ -1,0 +1,4 @@
+"""How long a step takes: rounds in turn, beside PyTorch's, counted operations, figures of it.
+
+May import interop, runs, devices, learning, data, model and the ground.
+"""

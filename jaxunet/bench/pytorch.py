@@ -1,0 +1,186 @@
+"""PyTorch's side of the benchmark: the same work in each of PyTorch's good forms."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from jaxunet.bench.benchmark import Contestant, Mode, random_batch, random_convolution
+from jaxunet.config import Config
+from jaxunet.errors import ConfigError
+from jaxunet.interop.pytorch import state_dict_from_variables
+from jaxunet.interop.pytorch_unet import make_pytorch_unet
+
+FORMS = ("eager", "channels_last", "compile", "compile_channels_last")
+
+
+@dataclass
+class PytorchContestant:
+    """One form of PyTorch, warm, with its batch on the device.
+
+    Attributes:
+        warm_up_seconds: the first three steps, with what they compile.
+        loss: of the first training step.
+    """
+
+    step: Callable[[], torch.Tensor]
+    wait: Callable[[], None]
+    warm_up_seconds: float
+    loss: float | None
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+        self.wait()
+
+
+def make_pytorch_steps(
+    config: Config, mode: Mode, host_state: Any, batch_size: int
+) -> tuple[dict[str, PytorchContestant], dict[str, str]]:
+    """Every form that runs here, and for each of the others the reason why it doesn't.
+
+    With `model.dtype` bfloat16 all forms run under autocast. TF32 is left to PyTorch's own
+    default.
+
+    Args:
+        host_state: jaxunet's `TrainState`, for the same weights.
+
+    Raises:
+        ConfigError: the configuration has no PyTorch side.
+    """
+    if config.optimizer.name != "adam" or config.train.loss != "bce":
+        raise ConfigError("The benchmark against PyTorch has optimizer adam and loss bce only.")
+    contestants, unavailable = {}, {}
+    for form in FORMS:
+        try:
+            contestants[form] = _make(form, config, mode, host_state, batch_size)
+        except ConfigError:
+            raise
+        except Exception as error:  # torch.compile fails in many ways, mostly for a compiler
+            lines = str(error).strip().splitlines() or [""]
+            unavailable[form] = f"{type(error).__name__}: {lines[0][:200]}"
+    return contestants, unavailable
+
+
+def _make(
+    form: str, config: Config, mode: Mode, host_state: Any, batch_size: int
+) -> PytorchContestant:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = replace(config.model, dtype="float32", remat=False)
+    model: Any = make_pytorch_unet(plain)
+    weights = state_dict_from_variables(plain, host_state.variables, "reference")
+    model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    model.to(device)
+    memory_format = torch.contiguous_format
+    if "channels_last" in form:
+        memory_format = torch.channels_last
+    model = model.to(memory_format=memory_format)
+    optimizer = torch.optim.Adam(
+        model.parameters(), config.optimizer.learning_rate, fused=device.type == "cuda"
+    )
+    batch = random_batch(config, batch_size)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        placed = torch.from_numpy(array).to(device).permute(0, 3, 1, 2)
+        return placed.contiguous(memory_format=memory_format)
+
+    images, masks = tensor(batch["image"]), tensor(batch["mask"])
+
+    def autocast() -> Any:
+        if config.model.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with autocast():
+            logits = model((images.float() / 255 - 0.5) / 0.5)
+        return logits.float()
+
+    def loss(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(forward(images), (masks > 0).float())
+
+    def scored(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        logits, truth = forward(images), masks > 0
+        found = logits.sigmoid() > config.train.threshold
+        pairs = (found & truth, found & ~truth, ~found & truth, ~found & ~truth)
+        counts = torch.stack([pair.sum((1, 2, 3)) for pair in pairs], dim=1)
+        each = F.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none")
+        return torch.cat([counts, each.mean((1, 2, 3))[:, None]], dim=1)
+
+    def probabilities(images: torch.Tensor) -> torch.Tensor:
+        return forward(images).sigmoid()
+
+    if form.startswith("compile"):
+        torch.compiler.reset()
+        loss, scored = torch.compile(loss), torch.compile(scored)
+        probabilities = torch.compile(probabilities)
+
+    def train_once() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(images, masks)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    @torch.no_grad()
+    def eval_once() -> torch.Tensor:
+        return scored(images, masks)
+
+    @torch.no_grad()
+    def predict_once() -> torch.Tensor:
+        return probabilities(images)
+
+    step = {"train": train_once, "eval": eval_once, "predict": predict_once}[mode]
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    model.train(mode == "train")
+    start = time.perf_counter()
+    first = step()
+    for _ in range(2):
+        step()
+    wait()
+    seconds = time.perf_counter() - start
+    return PytorchContestant(step, wait, seconds, first.item() if mode == "train" else None)
+
+
+def make_pytorch_products(shape: tuple[int, ...], dtype: str) -> dict[str, Contestant]:
+    """PyTorch's convolution of one shape and its two gradients, channels last."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arrays = random_convolution(shape)
+
+    def tensor(array: np.ndarray, axes: tuple[int, ...]) -> torch.Tensor:
+        placed = torch.from_numpy(array).to(device, getattr(torch, dtype)).permute(axes)
+        return placed.contiguous(memory_format=torch.channels_last)
+
+    x, dy = (tensor(array, (0, 3, 1, 2)) for array in (arrays[0], arrays[2]))
+    kernel = tensor(arrays[1], (3, 2, 0, 1))
+
+    def gradient(mask: list[bool]) -> Callable[[], Any]:
+        size, stride = [shape[4]], [1, 1]
+        return lambda: torch.ops.aten.convolution_backward(
+            dy, x, kernel, size, stride, [1, 1], [1, 1], False, [0, 0], 1, mask
+        )
+
+    def contestant(function: Callable[[], Any]) -> Contestant:
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        run(1)
+        return run
+
+    return {
+        "forward": contestant(lambda: F.conv2d(x, kernel, padding=1)),
+        "input_gradient": contestant(gradient([True, False, False])),
+        "kernel_gradient": contestant(gradient([False, True, False])),
+    }

@@ -1,0 +1,254 @@
+"""One step of training, of evaluation and of prediction: pure functions of arrays.
+
+Each is written for one shard of the global batch, on the named axis `AXIS`;
+`jaxunet.devices.strategies` spreads it over devices. A batch is a dictionary of uint8 arrays:
+
+    image  [batch, height, width, 3]
+    mask   [batch, height, width, 1]   lesion where above 0
+    weight [batch]                     1, or 0 for padding
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, UInt8
+
+from jaxunet.config import Config
+from jaxunet.learning.augment import example_keys, normalize, random_flip, seed_key
+from jaxunet.learning.losses import LOSSES, LossFn, lesion_logits
+from jaxunet.learning.metrics import confusion_counts
+from jaxunet.learning.optim import make_optimizer, update_ema
+from jaxunet.model.unet import UNet, center_crop, make_unet
+
+AXIS = "data"
+
+Batch = dict[str, UInt8[Array, "batch ..."]]
+Variables = Mapping[str, Any]
+
+
+class TrainState(struct.PyTreeNode):
+    """All that training changes; what a checkpoint holds.
+
+    The leaves are arrays on devices or the host, or what stands for them in a tree.
+    """
+
+    step: Any  # int32 scalar
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    ema: Any  # averaged params, or None when the configuration asks for none
+    ema_stats: Any = None  # batch_stats averaged with them, or None where either is missing
+
+    @property
+    def variables(self) -> Variables:
+        """What evaluation applies the model with: averages where there are any."""
+        params = self.params if self.ema is None else self.ema
+        stats = self.batch_stats if self.ema_stats is None else self.ema_stats
+        return {"params": params, "batch_stats": stats}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The static side of the steps: functions and constants, no arrays."""
+
+    model: UNet
+    optimizer: optax.GradientTransformation
+    loss: LossFn
+    microbatches: int
+    flip: bool
+    seed: int
+    ema_decay: float | None
+    threshold: float
+
+
+def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
+    """The functions that `config` names.
+
+    Args:
+        total_steps: length of the run, which the learning rate follows; None where nothing
+            is learnt or only time counts: the rate then stays at its peak.
+
+    Raises:
+        ConfigError: the run is too short for its warm-up.
+    """
+    return Recipe(
+        model=make_unet(config.model, AXIS),
+        optimizer=make_optimizer(config.optimizer, total_steps),
+        loss=LOSSES[config.train.loss],
+        microbatches=config.optimizer.accumulate_steps,
+        flip=config.train.augment == "flip",
+        seed=config.train.seed,
+        ema_decay=config.optimizer.ema_decay,
+        threshold=config.train.threshold,
+    )
+
+
+def init_state(recipe: Recipe) -> TrainState:
+    """The state before the first step, from the recipe's seed."""
+    side = recipe.model.config.least_image_size
+    images = jnp.zeros((1, side, side, 3))
+    # Drawing every layer's weights by Threefry takes XLA five times as long to compile.
+    key = seed_key(recipe.seed, impl="rbg")
+    variables = recipe.model.init(key, images)
+    return state_from_variables(recipe, variables)
+
+
+def state_from_variables(recipe: Recipe, variables: Variables) -> TrainState:
+    """A fresh state around given weights."""
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    averaged = recipe.ema_decay is not None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=recipe.optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if averaged else None,
+        ema_stats=jax.tree.map(jnp.copy, batch_stats) if averaged and batch_stats else None,
+    )
+
+
+def train_step(
+    recipe: Recipe, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update from one global batch.
+
+    The loss is the mean over the real examples of the *global* batch, which may be computed
+    in parts (`recipe.microbatches`): loss and gradient are those of the whole, and batch
+    norm takes its statistics from each part. Random numbers follow seed, step and the
+    example's place in the global batch.
+
+    Returns:
+        The new state, and `loss`, `grad_norm` and `examples` (the sum of weights), all the
+        same on every device.
+    """
+    images, masks, weight = batch["image"], batch["mask"], batch["weight"] > 0
+    if recipe.flip:
+        first = jax.lax.axis_index(AXIS) * len(images)
+        places = first + jnp.arange(len(images))
+        keys = example_keys(seed_key(recipe.seed), state.step, places)
+        images, masks = random_flip(keys, images, masks)
+
+    def summed_loss(
+        params: Any, batch_stats: Any, images: Array, masks: Array, weight: Array
+    ) -> tuple[Float[Array, ""], Any]:
+        logits, changed = recipe.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalize(images),
+            weight,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        truth = center_crop((masks > 0).astype(jnp.float32), *logits.shape[1:3])
+        losses = recipe.loss(lesion_logits(logits), truth)
+        return jnp.sum(losses, where=weight), changed.get("batch_stats", {})
+
+    loss, grads, batch_stats = _sum_over_parts(
+        jax.value_and_grad(summed_loss, has_aux=True),
+        state.params,
+        state.batch_stats,
+        (images, masks, weight),
+        recipe.microbatches,
+    )
+    loss, grads, examples = jax.lax.psum((loss, grads, jnp.sum(weight)), AXIS)
+    mean = 1 / jnp.maximum(examples, 1).astype(jnp.float32)
+    loss, grads = loss * mean, jax.tree.map(lambda g: g * mean, grads)
+
+    with jax.numpy_dtype_promotion("standard"):  # Adam's count is an integer among floats
+        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema, ema_stats = state.ema, state.ema_stats
+    if recipe.ema_decay is not None:
+        # None, where there is no batch norm, is a tree without leaves.
+        ema, ema_stats = update_ema(
+            (ema, ema_stats),
+            (params, None if ema_stats is None else batch_stats),
+            recipe.ema_decay,
+            state.step + 1,
+        )
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        ema=ema,
+        ema_stats=ema_stats,
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "examples": examples.astype(jnp.float32),
+    }
+    return new_state, metrics
+
+
+def _sum_over_parts(
+    gradient: Any, params: Any, batch_stats: Any, rows: tuple[Array, ...], parts: int
+) -> tuple[Float[Array, ""], Any, Any]:
+    """Loss and gradients summed over `parts` microbatches, and the last batch statistics.
+
+    Part m holds the rows m, m + parts, m + 2 parts, ... of the shard, which are those of the
+    global batch whose place leaves the remainder m: the same however many devices there are.
+    An epoch's padding is spread over the parts.
+    """
+    if parts == 1:
+        (loss, batch_stats), grads = gradient(params, batch_stats, *rows)
+        return loss, grads, batch_stats
+
+    def add(carry: Any, part: tuple[Array, ...]) -> tuple[Any, None]:
+        total, batch_stats = carry
+        (loss, batch_stats), grads = gradient(params, batch_stats, *part)
+        return (jax.tree.map(jnp.add, total, (loss, grads)), batch_stats), None
+
+    def split(x: Array) -> Array:
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    summed, _ = jax.lax.scan(add, (nothing, batch_stats), jax.tree.map(split, rows))
+    (loss, grads), batch_stats = summed
+    return loss, grads, batch_stats
+
+
+def eval_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, Array]:
+    """Per-example results of one global batch, gathered on every device.
+
+    Returns:
+        `counts` int32 [global batch, 4] (true and false positives, false and true
+        negatives: see `jaxunet.learning.metrics`) and `loss` float32 [global batch].
+    """
+    logits = _logits_at_input_size(recipe, variables, batch["image"])
+    truth = batch["mask"] > 0
+    results = {
+        "counts": confusion_counts(jax.nn.sigmoid(logits) > recipe.threshold, truth),
+        "loss": recipe.loss(logits, truth.astype(jnp.float32)),
+    }
+    return jax.lax.all_gather(results, AXIS, tiled=True)
+
+
+def predict_step(
+    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
+) -> Float[Array, "batch height width 1"]:
+    """Probability of lesion for each pixel of each image of the shard."""
+    return jax.nn.sigmoid(_logits_at_input_size(recipe, variables, images))
+
+
+def _logits_at_input_size(
+    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
+) -> Float[Array, "batch height width 1"]:
+    """Logits for every pixel: a cropped border repeats the nearest logit, so all count."""
+    output: Any = recipe.model.apply(variables, normalize(images))
+    logits = lesion_logits(output)
+    rows, columns = (a - b for a, b in zip(images.shape[1:3], logits.shape[1:3], strict=True))
+    if not rows and not columns:
+        return logits
+    border = (
+        (0, 0),
+        (rows // 2, rows - rows // 2),
+        (columns // 2, columns - columns // 2),
+        (0, 0),
+    )
+    return jnp.pad(logits, border, mode="edge")

@@ -1,0 +1,4 @@
+"""A run from start to end: the loop, its directory, checkpoints, stops, evaluation, pictures.
+
+May import devices, learning, data, model and the ground.
+"""

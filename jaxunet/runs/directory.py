@@ -1,0 +1,358 @@
+"""A run's directory: what it holds, who may write to it, and what it may go on with.
+
+config.json      configuration, versions, devices, git commit, dataset, and which other
+                 data were accepted later
+metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
+tensorboard/     the same as event files
+checkpoints/     see `jaxunet.runs.checkpoint`
+figures/         curves.png, predictions.png
+summary.json     final scores, by protocol
+"""
+
+import errno
+import fcntl
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from jaxunet.config import Config, DataConfig, from_dict, to_dict
+from jaxunet.devices.distributed import is_main, on_main
+from jaxunet.devices.environment import command_line, environment
+from jaxunet.errors import ConfigError, RunError
+from jaxunet.files import check_encodable, check_writable, why, write_json
+from jaxunet.learning.optim import extend_schedule
+from jaxunet.provenance import disagreement
+
+LOCK = ".jaxunet-lock"
+
+# What may change between a run and its continuation: it alters no number already written.
+CONTINUABLE = (
+    "train.epochs",
+    "train.checkpoint_every",
+    "optimizer.extend",  # what it changes, and whether it may, is said by `extend_schedule`
+    "optimizer.extended_at",
+    "data.dir",
+    "data.images",
+    "data.masks",
+    "data.mask_suffix",
+    "data.max_megapixels",
+    "data.prepared_dir",
+    "data.loader",
+    "data.cache",
+    "data.workers",
+)
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """All that a run's config.json holds.
+
+    Raises:
+        RunError: `run` is no run directory.
+        ConfigError: its config.json is damaged.
+    """
+    path = run / "config.json"
+    try:
+        contents = path.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"{run} is not a run directory: {path.name} is not there or not readable. "
+            "Give the --out of an earlier experiments/train.py."
+        ) from error
+    try:
+        record = json.loads(contents)
+        if not isinstance(record, dict) or "config" not in record:
+            raise ConfigError("There is no field 'config'.")
+        return record
+    except (ValueError, RecursionError) as error:
+        raise _not_a_configuration(run, error) from error
+
+
+def load_config(run: Path) -> Config:
+    """The configuration a run was made with.
+
+    Raises:
+        RunError: `run` is no run directory.
+        ConfigError: its config.json is damaged or was edited into something not allowed.
+    """
+    record = read_record(run)
+    try:
+        return from_dict(Config, _with_earlier_meaning(record["config"]))
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise _not_a_configuration(run, error) from error
+
+
+def _not_a_configuration(run: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{run / 'config.json'} is not a run's configuration: {str(error).rstrip('.')}. Undo "
+        "what was changed in it; a copy is in progress/metadata of each "
+        f"{run / 'checkpoints'}/STEP."
+    )
+
+
+def recorded_dataset(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's record says of its data: the last that it was trained on, or nothing."""
+    accepted = record.get("accepted_data") or [{}]
+    found = accepted[-1].get("dataset") or record.get("dataset")
+    return found if isinstance(found, dict) else {}
+
+
+def recorded_fingerprint(run: Path) -> str | None:
+    """The fingerprint of the data that `run` was trained on; None where nothing says it.
+
+    `jaxunet.data.prepare` finds the prepared data by it when their source is gone.
+    """
+
+    def read() -> str | None:
+        if not (run / "config.json").exists():
+            return None
+        return recorded_dataset(read_record(run)).get("fingerprint")
+
+    return on_main(read, "reading the run's record")
+
+
+def other_data(run: Path, dataset: Mapping[str, Any], data: DataConfig) -> str | None:
+    """None if `dataset` is what `run` was trained on, else a sentence that says what changed.
+
+    Args:
+        dataset: what `jaxunet.runs.evaluation.describe` gives, of any split.
+        data: where it comes from.
+    """
+    record = read_record(run)
+    recorded = recorded_dataset(record)
+    known = dict(dataset)
+    split = recorded.get("split")
+    if "counts" not in recorded and split in known.get("counts", {}):
+        # Records of version 0.1 have the training split's count alone.
+        recorded = recorded | {"counts": {split: recorded["count"]}}
+        known["counts"] = {split: known["counts"][split]}
+    of_the_data = ("name", "fingerprint", "counts", "stored_size")
+    return disagreement(
+        {name: recorded.get(name) for name in of_the_data},
+        {name: known.get(name) for name in of_the_data},
+        recorded=f"{run}, which was trained on {_source(load_config(run).data)},",
+        there=f"the data of {_source(data)}",
+    )
+
+
+def _source(data: DataConfig) -> str:
+    return data.name if data.dir is None else f"{data.name} from {data.dir}"
+
+
+def _with_earlier_meaning(config: Any) -> Any:
+    """A recorded configuration with what it meant by fields that its version lacked."""
+    data = config.get("data") if isinstance(config, dict) else None
+    if isinstance(data, dict) and data.get("name") == "folder":
+        return {**config, "data": {"folder_split": "permutation", **data}}
+    return config
+
+
+def config_of_main(read: Callable[[], Config]) -> Config:
+    """The configuration that process 0 reads, on every process."""
+    return from_dict(Config, on_main(lambda: to_dict(read()), "reading the configuration"))
+
+
+class RunDirectory:
+    """Exclusive access to one run directory while a run is writing to it.
+
+    Of several processes number 0 holds it, and the others neither read nor write there.
+    """
+
+    def __init__(self, path: Path, config: Config, *, resume: bool):
+        """Take hold of `path` for `config`.
+
+        Raises:
+            RunError: another process holds it, it holds a run and `resume` is False, it
+                holds something else, it cannot be written to, or its configuration differs
+                in a field that must not change.
+        """
+        self.path, self.config = path, config
+        self._lock: IO[str] | None = None
+        self._record: dict[str, Any] = {}  # of the run that is there already
+        self._recorded = config  # what that record says of it
+        self._data: dict[str, Any] = {}  # what is to be recorded of the data
+        on_main(partial(self._take, resume), "taking hold of the run directory")
+
+    def _take(self, resume: bool) -> None:
+        check_encodable(self.path, "--out")
+        self._refuse_what_is_no_run()  # before anything is written there
+        for folder in (self.path, self.path / "checkpoints"):
+            if folder == self.path or folder.exists():
+                check_writable(folder, "--out")
+        self._lock = _locked(self.path)
+        try:
+            self._check(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _refuse_what_is_no_run(self) -> None:
+        path = self.path
+        try:
+            found = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
+        except OSError as error:
+            raise RunError(f"--out {path} cannot be read: {why(error, path)}") from error
+        if "config.json" in found:
+            return
+        found = [name for name in found if not name.startswith(".")]
+        if not found or (found == ["checkpoints"] and not self._steps()):
+            return  # killed before it wrote anything worth keeping
+        if found == ["checkpoints"]:
+            raise RunError(
+                f"--out {path} holds checkpoints, but not the config.json of the run that "
+                "they are of. Put it back (a copy of the configuration is in "
+                f"progress/metadata of each {path / 'checkpoints'}/STEP), or choose another "
+                "--out."
+            )
+        raise RunError(
+            f"--out {path} is not empty and holds no run (found {', '.join(found[:3])}); "
+            "choose another directory."
+        )
+
+    def _steps(self) -> list[str]:
+        """Names of the checkpoints that there are."""
+        folder = self.path / "checkpoints"
+        return [each.name for each in folder.glob("*") if each.name.isdigit()]
+
+    def _check(self, resume: bool) -> None:
+        if not (self.path / "config.json").exists():
+            return
+        complete = (self.path / "summary.json").exists()
+        if not resume:
+            state = "a complete" if complete else "an unfinished"
+            raise RunError(
+                f"--out {self.path} already holds {state} run. Add --resume to go on with it "
+                "(with more --train.epochs if it is complete), or choose another --out."
+            )
+        self._recorded = load_config(self.path)
+        changed = disagreement(
+            to_dict(self._recorded),
+            to_dict(self.config),
+            recorded=f"--out {self.path} was made with another configuration, which",
+            there="this one",
+            ignore=CONTINUABLE,
+        )
+        if changed:
+            raise RunError(f"{changed} Go on with the run's own, or choose another --out.")
+        self._record = read_record(self.path)
+        had = complete or self._record.get("has_checkpoints")
+        if not self._steps() and (had or not (self.path / "checkpoints").exists()):
+            raise RunError(
+                f"--out {self.path} is a run whose checkpoints are gone from "
+                f"{self.path / 'checkpoints'}, so that there is nothing to go on from. Put "
+                "them back, or train anew with another --out."
+            )
+        read_metrics(self.path / "metrics.jsonl")  # before anything is written
+
+    def check_data(self, dataset: dict[str, Any], *, accept: bool) -> None:
+        """Make sure that a run goes on with the data that it was trained on.
+
+        Args:
+            dataset: what `jaxunet.runs.evaluation.describe_split` gives.
+            accept: take other data too; it is recorded.
+
+        Raises:
+            RunError: the data are others, and `accept` is False.
+        """
+        on_main(partial(self._check_data, dataset, accept), "comparing the data")
+
+    def _check_data(self, dataset: dict[str, Any], accept: bool) -> None:
+        said = other_data(self.path, dataset, self.config.data) if self._record else None
+        if said and not accept:
+            raise RunError(
+                f"{said} A run goes on with its own data only: bring them back, or train anew "
+                "with another --out. If you mean to go on with the others, add "
+                "--accept-other-data, which is recorded."
+            )
+        accepted = list(self._record.get("accepted_data", []))
+        if said:
+            accepted.append({"why": said, "dataset": dataset})
+        elif accepted:
+            accepted[-1] = {**accepted[-1], "dataset": dataset}
+        first = self._record.get("dataset", {})
+        self._data = {
+            "dataset": first if accepted else {**first, **dataset},
+            **({"accepted_data": accepted} if accepted else {}),
+        }
+
+    def extend(self, updates_per_epoch: int) -> Config:
+        """The configuration, with what `jaxunet.learning.optim.extend_schedule` keeps or adds."""
+
+        def extended() -> Config:
+            done = max(map(int, self._steps()), default=0)
+            return extend_schedule(self._recorded, self.config, updates_per_epoch, done)
+
+        self.config = config_of_main(extended)
+        return self.config
+
+    def write_config(self, dataset: dict[str, Any] | None = None) -> None:
+        """config.json: the configuration and all that is known of where it runs.
+
+        Args:
+            dataset: of a run that `check_data` was not asked about.
+        """
+        if not is_main():
+            return
+        record = {"config": to_dict(self.config), "command": command_line(), **environment()}
+        record |= self._data if dataset is None else {"dataset": dataset}
+        record["has_checkpoints"] = bool(self._steps())
+        write_json(self.path / "config.json", record)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """A file that holds the lock of `folder` until it is closed; None where there are none.
+
+    Raises:
+        RunError: another process has the lock, or it can't be had.
+    """
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise RunError(
+                f"--out {folder} is in use by another run; wait for it, or choose another "
+                "directory."
+            ) from error
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise RunError(f"--out {folder} cannot be locked: {why(error, folder)}") from error
+        print(
+            f"warning: the file system of {folder} has no locks ({error.strerror}); see to it "
+            "yourself that no other run writes there.",
+            file=sys.stderr,
+        )
+        return None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; one cut off by a kill is left out.
+
+    Raises:
+        RunError: a line is no JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunError(
+                f"Line {number} of {path} is no JSON object: {error}. Undo what was changed in "
+                "it, or move the file away, and the log starts anew."
+            ) from error
+    return lines

@@ -1,0 +1,184 @@
+"""Score a model on a whole split: every image exactly once."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxunet.bars import Bar
+from jaxunet.config import Config, to_dict
+from jaxunet.data import Prepared
+from jaxunet.data.order import Order
+from jaxunet.devices.distributed import same_everywhere
+from jaxunet.devices.environment import environment
+from jaxunet.devices.feed import Feed
+from jaxunet.devices.strategies import Step
+from jaxunet.errors import RunError
+from jaxunet.learning.metrics import scores
+
+DECIDING_PACKAGES = ("jaxunet", "jax", "jaxlib", "flax", "optax", "numpy")
+LOCAL = ("data.dir", "data.prepared_dir", "data.loader", "data.workers")
+"""Options that each host may have its own of: the examples are the same."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one split, in the dataset's order.
+
+    Attributes:
+        counts: int64 [images, 4]: true and false positives, false and true negatives.
+        loss: mean loss over images; None where it was not computed.
+        seconds: wall time.
+    """
+
+    counts: np.ndarray
+    loss: float | None
+    seconds: float
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Every metric under every protocol; see `jaxunet.learning.metrics.scores`."""
+        return scores(self.counts)
+
+
+def evaluate(
+    feed: Feed,
+    compiled_eval: Step,
+    variables: Any,
+    config: Config,
+    *,
+    progress: bool = True,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Run the compiled eval step over all of a split.
+
+    Args:
+        compiled_eval: `feed.compile` of `jaxunet.learning.steps.eval_step`.
+        variables: placed by the feed's strategy.
+        check_stop: called between batches; may raise to stop.
+    """
+    start = time.perf_counter()
+    order = Order(
+        len(feed),
+        config.train.eval_batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    total = order.batches_per_epoch
+    results = []
+    with closing(feed.batches(order, total)) as batches:
+        for batch in Bar("evaluate", total, batches, show=progress):
+            check_stop()
+            results.append(compiled_eval(variables, feed.place(batch)))
+    host = [feed.strategy.fetch(result) for result in results]
+    counts = np.concatenate([r["counts"] for r in host])[: len(feed)].astype(np.int64)
+    loss = np.concatenate([r["loss"] for r in host])[: len(feed)].astype(np.float64)
+    return Evaluation(counts, float(loss.mean()), time.perf_counter() - start)
+
+
+def report(
+    evaluation: Evaluation,
+    *,
+    dataset: dict[str, Any],
+    step: int,
+    epoch: int,
+    wall_seconds: float | None = None,
+    images_per_second: float | None = None,
+) -> dict[str, Any]:
+    """The object that summary.json and evaluation-<split>.json hold.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    count = len(evaluation.counts)
+    loss = {} if evaluation.loss is None else {"loss": evaluation.loss}
+    if not all(map(math.isfinite, loss.values())):
+        raise RunError(
+            f"The loss of step {step} on {dataset['name']} {dataset['split']} is "
+            f"{evaluation.loss}: the run's weights, or what they make of an image, are not "
+            "finite, and scores would mean nothing. Use an earlier checkpoint, or train anew "
+            "with a lower optimizer.learning_rate."
+        )
+    return {
+        "dataset": dataset,
+        "scores": evaluation.scores,
+        **loss,
+        "step": step,
+        "epoch": epoch,
+        "wall_seconds": evaluation.seconds if wall_seconds is None else wall_seconds,
+        "images_per_second": count / evaluation.seconds
+        if images_per_second is None
+        else images_per_second,
+    }
+
+
+def describe(
+    *,
+    name: str,
+    split: str,
+    count: int,
+    image_size: int | str,
+    fingerprint: str,
+    counts: dict[str, int],
+    official_counts: Mapping[str, int | None],
+) -> dict[str, Any]:
+    """What was scored or trained on, for the record, with all that is not official in it.
+
+    Args:
+        counts, official_counts: of every split of the dataset.
+    """
+    return {
+        "name": name,
+        "split": split,
+        "count": count,
+        "official_count": official_counts.get(split.partition("[")[0]),
+        "image_size": image_size,
+        "fingerprint": fingerprint,
+        "counts": counts,
+        "unofficial_splits": {
+            each: f"{found} of {official_counts[each]}"
+            for each, found in counts.items()
+            if official_counts.get(each) not in (None, found)
+        },
+    }
+
+
+def describe_split(data: Prepared, split: str, image_size: int) -> dict[str, Any]:
+    """`describe` for a split, or a slice of one, of a prepared dataset."""
+    described = describe(
+        name=data.name,
+        split=split,
+        count=data.count(split),
+        image_size=image_size,
+        fingerprint=data.fingerprint,
+        counts=data.counts,
+        official_counts=data.official_counts,
+    )
+    return {**described, "stored_size": data.stored_size}
+
+
+def check_hosts(config: Config, data: Prepared) -> None:
+    """Make sure that all processes work on the same data, with the same configuration and code.
+
+    Raises:
+        RunError: one differs from process 0; on every process, naming it.
+    """
+    here = environment()
+    same_everywhere(
+        {
+            "data": {
+                "fingerprint": data.fingerprint,
+                "counts": data.counts,
+                "stored_size": data.stored_size,
+            },
+            "config": to_dict(config),
+            "git_commit": here["git_commit"],
+            "versions": {name: here["versions"][name] for name in DECIDING_PACKAGES},
+        },
+        ignore={f"config.{name}" for name in LOCAL},
+    )

@@ -1,0 +1,102 @@
+"""What a run logs while it trains: metrics.jsonl, and TensorBoard's event files."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from jaxunet.errors import RunError
+from jaxunet.files import why, write_atomically
+from jaxunet.runs.directory import read_metrics
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and to TensorBoard's event files."""
+
+    def __init__(self, run: Path, *, keep_lines: int, step: int):
+        """Go on at `step` after `keep_lines` lines; a killed run's later ones are dropped.
+
+        Raises:
+            RunError: the log cannot be written to.
+        """
+        self._folder, path = run, run / "metrics.jsonl"
+        kept = read_metrics(path)[:keep_lines]
+        self.lines = len(kept)  # fewer than `keep_lines` if somebody moved the file away
+        with self._writing():
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("a", encoding="utf-8")
+            self._events = Events(run / "tensorboard", purge_step=step + 1)
+
+    def write(
+        self, *, step: int, epoch: int, split: str, values: dict[str, float], seconds: float
+    ) -> None:
+        line = {
+            "step": step,
+            "epoch": epoch,
+            "split": split,
+            "values": values,
+            "wall_seconds": round(seconds, 3),
+        }
+        with self._writing():
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.write(f"{split}/{name}", value, step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"The log in {self._folder} (metrics.jsonl, tensorboard/) cannot be written "
+                f"to: {why(error, self._folder)} What was saved before is whole. Once that is "
+                "mended, go on with --resume."
+            ) from error
+
+    def close(self) -> None:
+        # On a full disk even this fails; what was flushed before is all there is.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._events.close()
+
+
+class Events:
+    """Scalars for TensorBoard.
+
+    Written here and now: tensorboardX's `SummaryWriter` does so in a thread, whose errors
+    nobody hears.
+    """
+
+    FLUSH_SECONDS = 10.0
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        """Go on in `folder`; TensorBoard drops what older files say from `purge_step` on."""
+        # Imported late: where PyTorch is installed, tensorboardX imports it.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        def scalar(name: str, value: float, step: int) -> Any:
+            content = summary.scalar(name, value)
+            return Event(wall_time=time.time(), step=step, summary=content)
+
+        self._scalar = scalar
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(step=purge_step, file_version="brain.Event:2"))
+        self._file.write_event(Event(step=purge_step, session_log=start))
+        self._flushed = time.monotonic()
+
+    def write(self, name: str, value: float, step: int) -> None:
+        self._file.write_event(self._scalar(name, value, step))
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()

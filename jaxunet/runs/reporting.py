@@ -1,0 +1,78 @@
+"""The pictures of a finished run, drawn from what it logged and how it scored."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jaxunet.data.images import resize_image, resize_mask
+from jaxunet.data.pipeline import Source
+from jaxunet.learning.metrics import per_image
+from jaxunet.runs import figures
+from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.loading import Probabilities
+
+
+def write_figures(
+    run: Path,
+    probabilities: Probabilities,
+    counts: np.ndarray,
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    threshold: float,
+    title: str,
+) -> list[Path]:
+    """Draw `figures/curves.png` and `figures/predictions.png` under `run`.
+
+    Args:
+        probabilities: see `jaxunet.runs.loading.compile_probabilities`.
+        counts: [images, 4], of `source` in its order; they choose the best, the median and
+            the worst image to show.
+        batch_size: rows that `probabilities` is called with.
+
+    Returns:
+        The files written. One that can't be drawn is none of them: the run is done, and a
+        line on stderr says why.
+    """
+    curves, predictions = run / "figures" / "curves.png", run / "figures" / "predictions.png"
+    lines = read_metrics(run / "metrics.jsonl")
+    written = _drawn(curves, partial(figures.curves, lines, curves))
+
+    dice = per_image(counts)["dice"]
+    chosen = figures.select_rows(dice)
+    examples = [source[index] for index, _ in chosen]
+    images = [resize_image(e["image"], image_size, image_size) for e in examples]
+    masks = [resize_mask(e["mask"], image_size, image_size) for e in examples]
+    rows = []
+    for start in range(0, len(chosen), batch_size):
+        batch = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+        part = images[start : start + batch_size]
+        batch[: len(part)] = part
+        predicted = probabilities(batch)[: len(part), :, :, 0] > threshold
+        for place, prediction in enumerate(predicted, start):
+            index, label = chosen[place]
+            rows.append(
+                figures.PredictionRow(
+                    name=examples[place]["id"],
+                    label=label,
+                    dice=float(dice[index]),
+                    image=images[place],
+                    truth=masks[place][:, :, 0],
+                    prediction=prediction.astype(np.uint8),
+                )
+            )
+    return written + _drawn(predictions, partial(figures.predictions, rows, predictions, title))
+
+
+def _drawn(path: Path, draw: Callable[[], None]) -> list[Path]:
+    try:
+        draw()
+    except Exception as error:  # of matplotlib, of fonts, of memory, of the disk
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"note: {path} is not drawn: {type(error).__name__}: {reason}", file=sys.stderr)
+        return []
+    return [path]
