@@ -204,7 +204,7 @@ ROWS = [
     Row(
         "resumed with another model",
         lambda world: ["train.py", "--resume", "--model.width", 4, "--out", world.path / "run"],
-        Refused("run was made with another configuration .* Differing: model.width: 2 -> 4"),
+        Refused("run was made with another configuration, .* Differing: model.width: 2 -> 4"),
     ),
     Row(
         "run begun where one is",
