@@ -133,7 +133,7 @@ def settings(arguments: Arguments) -> list[Setting]:
         raise ConfigError(
             "The CPU's simulated devices share its cores, so their times are no speed. "
             "Benchmark one (leave xla_force_host_platform_device_count out of XLA_FLAGS); "
-            "tests/test_parallel.py shows that several compute the same."
+            "tests/devices/test_parallel.py shows that several compute the same."
         )
     return found
 

@@ -61,7 +61,11 @@ def parts(arguments: Arguments) -> list[Part]:
     timing = ["--rounds", "2", "--seconds", "0.01"] if arguments.quick else ["--seconds", "0.5"]
     steps = [*shape, *timing, "--measure", "train"]
     batches = ("2", "4") if arguments.quick else ("32", "128")
-    tests = ["tests/test_parity.py", "tests/test_parallel.py", "tests/test_unet.py"]
+    tests = [
+        "tests/interop/test_parity.py",
+        "tests/devices/test_parallel.py",
+        "tests/model/test_unet.py",
+    ]
     found = [
         Part(
             "throughput-bfloat16",

@@ -12,7 +12,7 @@ WINGS = (
     *("front", "inference", "bench", "interop", "runs", "devices", "learning", "data", "model"),
     "ground",
 )
-"""From the top down; the front door is `jaxunet/__init__.py`, the ground the files beside it."""
+"""From the top down: the front door is `jaxunet/__init__.py`, the ground the files beside."""
 
 
 def module_of(path: Path) -> str:

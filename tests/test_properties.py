@@ -23,8 +23,8 @@ from jaxunet.config import (
     to_dict,
 )
 from jaxunet.data.images import encode_png, read_image, read_mask, resize_image, resize_mask
-from jaxunet.data.order import PADDING, Order
-from jaxunet.data.pipeline import BatchReader
+from jaxunet.data.reader import BatchReader
+from jaxunet.data.sampler import PADDING, BatchSampler
 from jaxunet.errors import ConfigError
 from jaxunet.learning.metrics import confusion_counts, per_image, scores
 from jaxunet.provenance import disagreement
@@ -108,7 +108,7 @@ def test_an_epoch_holds_each_example_once_and_pads_to_whole_batches(
     count: int, share: int, processes: int, seed: int | None, epoch: int
 ) -> None:
     size = share * processes
-    order = Order(count, size, seed)
+    order = BatchSampler(count, size, seed)
     first = epoch * order.batches_per_epoch
     batches = [order.indices(first + n) for n in range(order.batches_per_epoch)]
     assert {len(batch) for batch in batches} == {size}
@@ -118,7 +118,7 @@ def test_an_epoch_holds_each_example_once_and_pads_to_whole_batches(
     assert len(together) - count < size
     for n, batch in enumerate(batches):
         parts = [
-            Order(count, size, seed, index, processes).local_indices(first + n)
+            BatchSampler(count, size, seed, index, processes).local_indices(first + n)
             for index in range(processes)
         ]
         np.testing.assert_array_equal(np.concatenate(parts), batch)
@@ -133,7 +133,7 @@ def test_weights_tell_examples_from_padding(count: int, size: int, side: int) ->
         }
         for number in range(count)
     ]
-    order = Order(count, size, seed=0)
+    order = BatchSampler(count, size, seed=0)
     reader = BatchReader(source, order, side)
     batches = [reader(n) for n in range(order.batches_per_epoch)]
     assert sum(int(batch["weight"].sum()) for batch in batches) == count

@@ -28,8 +28,8 @@ from jaxunet.bench.flops import forward_flops, layers, train_flops
 from jaxunet.config import Config
 from jaxunet.data.builder import map_in_threads
 from jaxunet.data.images import read_reduced_image, resize_image
-from jaxunet.data.order import Order
-from jaxunet.data.pipeline import Source
+from jaxunet.data.reader import DataSource
+from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices import startup
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Step, Strategy
@@ -42,7 +42,7 @@ from jaxunet.learning.steps import (
     train_step,
 )
 from jaxunet.model.layers import conv3x3
-from jaxunet.runs.training import STEPS_IN_FLIGHT
+from jaxunet.runs.journal import STEPS_IN_FLIGHT
 
 Mode = Literal["train", "eval", "predict"]
 MODES: tuple[Mode, ...] = ("train", "eval", "predict")
@@ -341,7 +341,7 @@ def initial_state(config: Config) -> Any:
     return jax.device_get(jax.jit(partial(init_state, recipe))())
 
 
-def make_pipeline(strategy: Strategy, config: Config, source: Source) -> Contestant:
+def make_pipeline(strategy: Strategy, config: Config, source: DataSource) -> Contestant:
     """Batches from the source to the devices, and no step at all."""
     feed, batches = _endless(strategy, config, source)
 
@@ -355,7 +355,7 @@ def make_pipeline(strategy: Strategy, config: Config, source: Source) -> Contest
 
 
 def make_training(
-    strategy: Strategy, config: Config, source: Source, host_state: Any
+    strategy: Strategy, config: Config, source: DataSource, host_state: Any
 ) -> Contestant:
     """The training loop: the real pipeline, the step, and the metrics fetched late."""
     recipe = make_recipe(config)
@@ -376,9 +376,9 @@ def make_training(
     return run
 
 
-def _endless(strategy: Strategy, config: Config, source: Source) -> tuple[Feed, Any]:
+def _endless(strategy: Strategy, config: Config, source: DataSource) -> tuple[Feed, Any]:
     feed = Feed(strategy, source, config.data, progress=False)
-    order = Order(len(source), config.train.batch_size, config.train.seed)
+    order = BatchSampler(len(source), config.train.batch_size, config.train.seed)
     return feed, feed.batches(order, sys.maxsize // order.batch_size)
 
 

@@ -1,4 +1,7 @@
-"""Datasets: checked, prepared once with TFDS, read at random."""
+"""Datasets: checked, prepared once with TFDS, read at random.
+
+May import the ground.
+"""
 
 from jaxunet.data.prepare import prepare
 from jaxunet.data.prepared import Prepared

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
-from jaxunet.data.order import generator
+from jaxunet.data.sampler import generator
 
 VERSION = 1
 """Raise it when the same seed gives other pictures, so that they are prepared again."""

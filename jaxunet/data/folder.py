@@ -10,7 +10,7 @@ import numpy as np
 from jaxunet.config import DataConfig
 from jaxunet.data.builder import PairsBuilder
 from jaxunet.data.listing import is_image_name
-from jaxunet.data.sources import MASK_SUFFIX, Pair, Source, SourceGone
+from jaxunet.data.sources import MASK_SUFFIX, Pair, SourceGone, SourcePairs
 from jaxunet.errors import DataError
 
 IMAGES = ("images", "image", "imgs", "img")
@@ -37,7 +37,7 @@ def required_files(split: str) -> str:
     return f"{split}/images and {split}/masks in data.dir, or images and masks to be split"
 
 
-def find(folder: Path, config: DataConfig) -> Source:
+def find(folder: Path, config: DataConfig) -> SourcePairs:
     """The pairs of `folder`, by its split sub-folders or else split by `config`.
 
     Raises:
@@ -61,7 +61,7 @@ def find(folder: Path, config: DataConfig) -> Source:
             f"{folder} holds both {' and '.join(whole)} and the split folders "
             f"{', '.join(path.name for path in given.values())}. Keep one of the two layouts."
         )
-    source = Source({})
+    source = SourcePairs({})
     for split, path in given.items():
         source.add(split, *_places(path, config), config.mask_suffix)
     used = list(given.values())

@@ -9,7 +9,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 
 from jaxunet.data.builder import PairsBuilder
 from jaxunet.data.listing import UNFINISHED
-from jaxunet.data.sources import Source, SourceGone
+from jaxunet.data.sources import SourceGone, SourcePairs
 from jaxunet.errors import DataError
 
 URL = "https://isic-challenge-data.s3.amazonaws.com/2018/"
@@ -39,7 +39,7 @@ def required_files(split: str) -> str:
     return f"{images} and {masks}, each as a folder or a .zip"
 
 
-def find(folder: Path) -> Source:
+def find(folder: Path) -> SourcePairs:
     """The splits of which both archives are in `folder`, zipped or unpacked.
 
     Raises:
@@ -94,7 +94,7 @@ def _none_complete(folder: object) -> str:
 
 def collect(
     places: dict[str, tuple[Path, Path]], folder: object, halves: Sequence[str] = ()
-) -> Source:
+) -> SourcePairs:
     """The pairs of each split, given where its images and its masks are.
 
     Raises:
@@ -102,7 +102,7 @@ def collect(
     """
     if not places:
         raise DataError("\n".join([_none_complete(folder), *halves]))
-    source = Source({})
+    source = SourcePairs({})
     seen: dict[str, str] = {}
     for split, (images, masks) in places.items():
         source.add(split, images, masks)
@@ -116,7 +116,7 @@ def collect(
     return source
 
 
-def download(manager: tfds.download.DownloadManager) -> Source:
+def download(manager: tfds.download.DownloadManager) -> SourcePairs:
     """Fetch the official zips, verified by size and SHA-256 (`checksums.tsv`)."""
     urls = {
         f"{split}-{part}": f"{URL}{name}.zip"

@@ -2,11 +2,11 @@
 
 from jaxunet.config import DataConfig
 from jaxunet.data import folder, isic2018
-from jaxunet.data.sources import Source
+from jaxunet.data.sources import SourcePairs
 from jaxunet.errors import DataError
 
 
-def locate(config: DataConfig) -> tuple[Source, str]:
+def locate(config: DataConfig) -> tuple[SourcePairs, str]:
     """The source files in `data.dir`, and the fingerprint of what is prepared from them.
 
     The fingerprint is the same wherever the files lie, zipped or not, and changes with their

@@ -3,81 +3,21 @@
 Both read the same files through the same `BatchReader`, so they yield the same arrays.
 """
 
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import grain
-import numpy as np
-from jaxtyping import Integer
 
 from jaxunet.config import DataConfig
-from jaxunet.data.images import resize_image, resize_mask
-from jaxunet.data.order import PADDING, Order
+from jaxunet.data.reader import (
+    PREFETCHED_BATCHES,
+    THREADS,
+    BatchReader,
+    DataSource,
+    HostBatch,
+)
+from jaxunet.data.sampler import BatchSampler
 from jaxunet.workers import Workers
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Examples at random: `[i]` gives `image` and `mask`, uint8 [height, width, 3 and 1]."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
-
-
-HostBatch = dict[str, Integer[np.ndarray, "batch ..."]]
-
-THREADS = 4
-PREFETCHED_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class BatchReader:
-    """Reads global batch number n of `order` from `source`, at `image_size`; picklable."""
-
-    source: Source
-    order: Order
-    image_size: int
-
-    def __call__(self, batch: int) -> HostBatch:
-        """`image` [b, s, s, 3], `mask` [b, s, s, 1], `weight` [b]: this process's rows."""
-        indices = self.order.local_indices(int(batch))
-        side = self.image_size
-        images = np.zeros((len(indices), side, side, 3), np.uint8)
-        masks = np.zeros((len(indices), side, side, 1), np.uint8)
-        for row, index in enumerate(indices):
-            if index != PADDING:
-                example = self.source[int(index)]
-                images[row] = resize_image(example["image"], side, side)
-                masks[row] = resize_mask(example["mask"], side, side)
-        weight = (indices != PADDING).astype(np.uint8)
-        return {"image": images, "mask": masks, "weight": weight}
-
-
-class InMemory:
-    """A source decoded and resized once, then kept."""
-
-    def __init__(self, source: Source, image_size: int):
-        # Prepared at the same size, the reader's own resize is the identity.
-        self._examples: list[dict[str, Any] | None] = [None] * len(source)
-        self._source, self._size = source, image_size
-        self._locks = [threading.Lock() for _ in range(len(source))]
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        with self._locks[index]:
-            example = self._examples[index]
-            if example is None:
-                example = dict(self._source[index])
-                example["image"] = resize_image(example["image"], self._size, self._size)
-                example["mask"] = resize_mask(example["mask"], self._size, self._size)
-                self._examples[index] = example
-            return example
 
 
 class Batches(Iterator[HostBatch]):
@@ -116,7 +56,9 @@ class Batches(Iterator[HostBatch]):
             self._batches = None
 
 
-def make_batches(source: Source, config: DataConfig, order: Order, last_batch: int) -> Batches:
+def make_batches(
+    source: DataSource, config: DataConfig, order: BatchSampler, last_batch: int
+) -> Batches:
     """Batches 0 to `last_batch` (exclusive) of `order`, read as `config` says."""
     reader = BatchReader(source, order, config.image_size)
     open_at = _tfdata if config.loader == "tfdata" else _grain

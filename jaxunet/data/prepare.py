@@ -24,7 +24,7 @@ from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
 from jaxunet.data.check import check_pair
 from jaxunet.data.locate import locate
 from jaxunet.data.prepared import Prepared, Size, check_complete
-from jaxunet.data.sources import Pair, Source, SourceGone, same_contents
+from jaxunet.data.sources import Pair, SourceGone, SourcePairs, same_contents
 from jaxunet.errors import DataError
 
 
@@ -93,7 +93,7 @@ def prepare(
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _BuildSpec:
     """How one configuration is built; making it reads files for the fingerprint, no pixels."""
 
     builder: type[PairsBuilder]
@@ -106,7 +106,7 @@ class _Recipe:
     """Why the dataset cannot be built, but only opened."""
 
 
-def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _Recipe:
+def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _BuildSpec:
     splits = ("train", "validation", "test")
     size = config.resolved_stored_size
     if config.name == "synthetic":
@@ -118,7 +118,7 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _Recipe
             "test": config.synthetic_validation,
         }
         plan = synthetic.plan(config.synthetic_seed, counts, side)
-        return _Recipe(
+        return _BuildSpec(
             synthetic.Synthetic,
             side,
             _digest(config.synthetic_seed, counts, drawing.VERSION),
@@ -130,7 +130,7 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _Recipe
         needs = {split: isic2018.required_files(split) for split in splits}
         official: dict[str, int | None] = dict(isic2018.OFFICIAL_COUNTS)
         if config.dir is None:
-            return _Recipe(
+            return _BuildSpec(
                 isic2018.Isic2018,
                 size,
                 _digest(sorted(map(repr, isic2018.Isic2018.url_infos.items()))),
@@ -150,13 +150,13 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _Recipe
     except SourceGone as error:
         if recorded is None:
             raise
-        source, fingerprint, gone = Source({}), recorded, str(error)
+        source, fingerprint, gone = SourcePairs({}), recorded, str(error)
     else:
         gone = ""
     if progress:
         for remark in source.remarks:
             print(remark, file=sys.stderr)
-    return _Recipe(
+    return _BuildSpec(
         builder,
         size,
         fingerprint,
@@ -167,7 +167,7 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _Recipe
     )
 
 
-def _plan(source: Source, config: DataConfig, where: object) -> Plan:
+def _plan(source: SourcePairs, config: DataConfig, where: object) -> Plan:
     size = config.resolved_stored_size
     items = {split: {pair.id: pair for pair in pairs} for split, pairs in source.splits.items()}
     everything = [pair for pairs in source.splits.values() for pair in pairs]

@@ -36,7 +36,7 @@ class Pair:
 
 
 @dataclass
-class Source:
+class SourcePairs:
     """What a dataset is made from: the pairs of each split, and what is wrong so far."""
 
     splits: dict[str, list[Pair]]
@@ -56,7 +56,7 @@ class Source:
         self.no_images += listing.no_images
         self.notes += listing.notes
 
-    def read_as(self, config: DataConfig) -> "Source":
+    def read_as(self, config: DataConfig) -> "SourcePairs":
         """The same source, whose pairs are read as `config` says."""
         binarize, limit = config.binarize, config.max_megapixels
         splits = {

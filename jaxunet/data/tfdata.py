@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxunet.data.pipeline import PREFETCHED_BATCHES, THREADS, BatchReader, HostBatch
+from jaxunet.data.reader import PREFETCHED_BATCHES, THREADS, BatchReader, HostBatch
 from jaxunet.errors import ConfigError
 
 try:

@@ -21,9 +21,9 @@ def environment(*others: str) -> dict[str, Any]:
 
     Returns:
         `versions`, by package (None for one that is used without being installed, as jaxunet
-        from a checkout); `devices`; `host`; `cpu_loops`, how many lanes `jaxunet.model.cpu`'s loops
-        have, or why they are off; `git_commit` of jaxunet's code (None outside its
-        repository).
+        from a checkout); `devices`; `host`; `cpu_loops`, how many lanes the loops of
+        `jaxunet.model.cpu` have, or why they are off; `git_commit` of jaxunet's code (None
+        outside its repository).
     """
     packages = (
         "jaxunet",

@@ -19,16 +19,9 @@ from jax import lax
 
 from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
-from jaxunet.data.order import PADDING, Order
-from jaxunet.data.pipeline import (
-    THREADS,
-    Batches,
-    BatchReader,
-    HostBatch,
-    InMemory,
-    Source,
-    make_batches,
-)
+from jaxunet.data.pipeline import Batches, make_batches
+from jaxunet.data.reader import THREADS, BatchReader, DataSource, HostBatch, InMemory
+from jaxunet.data.sampler import PADDING, BatchSampler
 from jaxunet.devices.strategies import Outputs, Step, Strategy
 from jaxunet.errors import ConfigError
 
@@ -39,7 +32,12 @@ class Feed:
     """The examples of one split on their way to the devices of `strategy`."""
 
     def __init__(
-        self, strategy: Strategy, source: Source, config: DataConfig, *, progress: bool = True
+        self,
+        strategy: Strategy,
+        source: DataSource,
+        config: DataConfig,
+        *,
+        progress: bool = True,
     ):
         """Prepare to feed; with a cache on the devices, read the whole split.
 
@@ -56,7 +54,7 @@ class Feed:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batches(self, order: Order, last_batch: int) -> Batches:
+    def batches(self, order: BatchSampler, last_batch: int) -> Batches:
         """Batches 0 to `last_batch` (exclusive) on the host, for `place`."""
         if self._on_devices is None:
             return make_batches(self.source, self.config, order, last_batch)
@@ -97,7 +95,9 @@ def gather(split: Any, batch: Any) -> Any:
     return {**lax.optimization_barrier(found), "weight": batch["weight"]}
 
 
-def _index_batches(order: Order, start: int, stop: int) -> Generator[HostBatch, None, None]:
+def _index_batches(
+    order: BatchSampler, start: int, stop: int
+) -> Generator[HostBatch, None, None]:
     for number in range(start, stop):
         index = order.local_indices(number).astype(np.int32)
         yield {"index": index, "weight": (index != PADDING).astype(np.uint8)}
@@ -114,9 +114,9 @@ def _check_fits(count: int, side: int) -> None:
         )
 
 
-def _read_all(source: Source, config: DataConfig, progress: bool) -> HostBatch:
+def _read_all(source: DataSource, config: DataConfig, progress: bool) -> HostBatch:
     """All examples in the dataset's order, decoded and resized."""
-    order = Order(len(source), min(READ_AT_ONCE, len(source)))
+    order = BatchSampler(len(source), min(READ_AT_ONCE, len(source)))
     reader = BatchReader(source, order, config.image_size)
     with ThreadPoolExecutor(THREADS) as pool:
         parts = list(

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from jaxunet.bars import Bar
 from jaxunet.config import Config, to_dict
-from jaxunet.data.order import Order
-from jaxunet.data.pipeline import HostBatch, Source, make_batches
+from jaxunet.data.pipeline import make_batches
+from jaxunet.data.reader import DataSource, HostBatch
+from jaxunet.data.sampler import BatchSampler
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
@@ -90,7 +91,11 @@ def flips(seed: int, batch_size: int) -> Callable[[int], np.ndarray]:
 
 
 def train_pytorch(
-    config: Config, train_source: Source, validation_source: Source, *, progress: bool = True
+    config: Config,
+    train_source: DataSource,
+    validation_source: DataSource,
+    *,
+    progress: bool = True,
 ) -> Training:
     """Train the reference in PyTorch by its protocol: BCE, Adam, every image once an epoch.
 
@@ -100,7 +105,7 @@ def train_pytorch(
     check_followed(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_pytorch_unet(config.model)
-    order = Order(len(train_source), config.train.batch_size, config.train.seed)
+    order = BatchSampler(len(train_source), config.train.batch_size, config.train.seed)
     steps = order.batches_per_epoch * config.train.epochs
     recipe = make_recipe(config, steps)
     initial = jax.device_get(jax.jit(partial(init_state, recipe))().variables)
@@ -161,9 +166,9 @@ def _tensors(
 
 @torch.no_grad()
 def _evaluate(
-    model: torch.nn.Module, source: Source, config: Config, device: torch.device
+    model: torch.nn.Module, source: DataSource, config: Config, device: torch.device
 ) -> dict[str, Any]:
-    order = Order(len(source), config.train.eval_batch_size)
+    order = BatchSampler(len(source), config.train.eval_batch_size)
     counts, losses = [], []
     for batch in make_batches(source, config.data, order, order.batches_per_epoch):
         images, masks = _tensors(batch, device)

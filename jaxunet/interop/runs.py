@@ -26,8 +26,8 @@ from jaxunet.learning.steps import Recipe, make_recipe, state_from_variables
 from jaxunet.model.unet import count_parameters
 from jaxunet.runs.checkpoint import Checkpoints, Which
 from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.journal import Position
 from jaxunet.runs.loading import load
-from jaxunet.runs.training import Progress
 
 IMPORT_FILE = "pytorch.json"
 """In an imported run: the weight file's name and SHA-256, what of it was taken and as what,
@@ -70,7 +70,7 @@ def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, La
     with RunDirectory(out, config, resume=False) as run:
         checkpoints = Checkpoints(out / "checkpoints", config.train.best_metric)
         try:
-            checkpoints.save(train_state, {**vars(Progress()), "config": to_dict(config)})
+            checkpoints.save(train_state, {**vars(Position()), "config": to_dict(config)})
             checkpoints.wait()
         finally:
             checkpoints.close()

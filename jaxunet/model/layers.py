@@ -42,9 +42,9 @@ def conv3x3(
       products over a quarter of the pixels where the direct form has 9 over all, so 2.25
       times fewer multiplications.
     - Else, and for the gradient of the kernel, they are `jaxunet.model.cpu`'s loops, if it has
-      loops for this processor (`jaxunet.model.cpu.blocks`), if images are at least 4 pixels wide,
-      and if the channels of the result (of the output; for the input's gradient, of the
-      input) are a multiple of a vector's: 16 with AVX-512, 8 with AVX2, 4 on ARM.
+      some for this processor (`cpu.blocks`), if images are at least 4 pixels wide, and if the
+      channels of the result (of the output; for the input's gradient, of the input) are a
+      multiple of a vector's: 16 with AVX-512, 8 with AVX2, 4 on ARM.
     - All else, and every other platform and type, is `lax.conv_general_dilated` (but Winograd
       takes float64, too).
 

@@ -278,7 +278,7 @@ class RunDirectory:
         }
 
     def extend(self, updates_per_epoch: int) -> Config:
-        """The configuration, with what `jaxunet.learning.optim.extend_schedule` keeps or adds."""
+        """The configuration, with what `optim.extend_schedule` keeps or adds."""
 
         def extended() -> Config:
             done = max(map(int, self._steps()), default=0)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxunet.bars import Bar
 from jaxunet.config import Config, to_dict
 from jaxunet.data import Prepared
-from jaxunet.data.order import Order
+from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices.distributed import same_everywhere
 from jaxunet.devices.environment import environment
 from jaxunet.devices.feed import Feed
@@ -45,6 +45,16 @@ class Evaluation:
         """Every metric under every protocol; see `jaxunet.learning.metrics.scores`."""
         return scores(self.counts)
 
+    def require_finite(self, step: int, where: str) -> None:
+        """Raise `RunError` if the loss is not finite: scores would mean nothing."""
+        if self.loss is not None and not math.isfinite(self.loss):
+            raise RunError(
+                f"The loss of step {step} on {where} is {self.loss}: the run's weights, or "
+                "what they make of an image, are not finite, and scores would mean nothing. "
+                "Use an earlier checkpoint, or train anew with a lower "
+                "optimizer.learning_rate."
+            )
+
 
 def evaluate(
     feed: Feed,
@@ -63,7 +73,7 @@ def evaluate(
         check_stop: called between batches; may raise to stop.
     """
     start = time.perf_counter()
-    order = Order(
+    order = BatchSampler(
         len(feed),
         config.train.eval_batch_size,
         process_index=jax.process_index(),
@@ -97,13 +107,7 @@ def report(
     """
     count = len(evaluation.counts)
     loss = {} if evaluation.loss is None else {"loss": evaluation.loss}
-    if not all(map(math.isfinite, loss.values())):
-        raise RunError(
-            f"The loss of step {step} on {dataset['name']} {dataset['split']} is "
-            f"{evaluation.loss}: the run's weights, or what they make of an image, are not "
-            "finite, and scores would mean nothing. Use an earlier checkpoint, or train anew "
-            "with a lower optimizer.learning_rate."
-        )
+    evaluation.require_finite(step, f"{dataset['name']} {dataset['split']}")
     return {
         "dataset": dataset,
         "scores": evaluation.scores,

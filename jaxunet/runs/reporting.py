@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxunet.data.images import resize_image, resize_mask
-from jaxunet.data.pipeline import Source
+from jaxunet.data.reader import DataSource
 from jaxunet.learning.metrics import per_image
 from jaxunet.runs import figures
 from jaxunet.runs.directory import read_metrics
@@ -19,7 +19,7 @@ def write_figures(
     run: Path,
     probabilities: Probabilities,
     counts: np.ndarray,
-    source: Source,
+    source: DataSource,
     *,
     image_size: int,
     batch_size: int,

@@ -12,7 +12,7 @@ from small_data import encoded, half_mask, picture, write_files, write_zip
 
 from jaxunet.data.check import LISTED, Decoded, check_pair, report
 from jaxunet.data.listing import list_images
-from jaxunet.data.sources import Source, find_pairs
+from jaxunet.data.sources import SourcePairs, find_pairs
 from jaxunet.errors import DataError
 
 IMAGE, MASK = encoded(picture(0)), encoded(half_mask())
@@ -68,8 +68,8 @@ def test_files_that_are_no_images_are_passed_over_and_counted(tmp_path: Path) ->
     known = ["LICENSE.txt", "ATTRIBUTION.txt", ".DS_Store", "Thumbs.db", "a_superpixels.png"]
     make(tmp_path, {"a.png": IMAGE} | dict.fromkeys(known, b""), {"a.png": MASK})
 
-    def source() -> Source:
-        found = Source({})
+    def source() -> SourcePairs:
+        found = SourcePairs({})
         found.add("train", tmp_path / "images", tmp_path / "masks")
         return found
 
@@ -237,7 +237,7 @@ def test_links_are_followed_each_file_once_and_circles_are_named(tmp_path: Path)
 def test_fingerprint_follows_names_contents_and_choices(tmp_path: Path) -> None:
     def fingerprint(*choices: object) -> str:
         pairs, _ = find_pairs(tmp_path / "images", tmp_path / "masks")
-        return Source({"train": pairs}).fingerprint(*choices)
+        return SourcePairs({"train": pairs}).fingerprint(*choices)
 
     # Uncompressed, so that other pixels have the same size; and the times are kept, as by
     # tools that edit in place.
@@ -264,7 +264,7 @@ def test_a_zip_and_what_it_unpacks_to_have_one_fingerprint(tmp_path: Path) -> No
     for path, contents in zip(zips, (IMAGE, MASK), strict=True):
         write_zip(path, {"a.png": contents})
         zipfile.ZipFile(path).extractall(tmp_path)
-    sources = [Source({}), Source({})]
+    sources = [SourcePairs({}), SourcePairs({})]
     sources[0].add("train", *zips)
     sources[1].add("train", tmp_path / "images", tmp_path / "masks")
     assert sources[0].fingerprint() == sources[1].fingerprint()

@@ -11,7 +11,7 @@ from jaxunet.config import Config, DataConfig, to_dict
 from jaxunet.data import isic2018, prepare
 from jaxunet.data.folder import find, hashed_split, permuted_split
 from jaxunet.data.listing import SourceFile
-from jaxunet.data.sources import Pair, Source
+from jaxunet.data.sources import Pair, SourcePairs
 from jaxunet.errors import DataError
 from jaxunet.files import write_json
 from jaxunet.runs.directory import load_config
@@ -30,11 +30,11 @@ def lay(
     return root
 
 
-def found(root: Path, **options: object) -> Source:
+def found(root: Path, **options: object) -> SourcePairs:
     return find(root, DataConfig(name="folder", dir=root, **options))
 
 
-def ids(source: Source) -> list[str]:
+def ids(source: SourcePairs) -> list[str]:
     assert source.problems == []
     return sorted(pair.id for pairs in source.splits.values() for pair in pairs)
 
@@ -226,7 +226,7 @@ def test_runs_from_before_the_option_keep_the_permutation(tmp_path: Path) -> Non
             assert load_config(tmp_path).data.folder_split == expected
 
 
-def half_downloaded(root: Path, rename: Callable[[Path], Path | None]) -> Source:
+def half_downloaded(root: Path, rename: Callable[[Path], Path | None]) -> SourcePairs:
     images, masks = isic2018.NAMES["validation"]
     lay(root, images, masks, "_segmentation")
     for name in isic2018.NAMES["train"]:

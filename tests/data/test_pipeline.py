@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from jaxunet.config import DataConfig
-from jaxunet.data.order import Order
-from jaxunet.data.pipeline import InMemory, make_batches
+from jaxunet.data.pipeline import make_batches
+from jaxunet.data.reader import InMemory
+from jaxunet.data.sampler import BatchSampler
 
 
 class Pictures:
@@ -46,7 +47,7 @@ def assert_same(found, expected):
 
 
 def test_batches_hold_the_examples_of_the_order_and_zero_weight_padding():
-    source, order = Pictures(), Order(7, 3, seed=1)
+    source, order = Pictures(), BatchSampler(7, 3, seed=1)
     found = take_all(source, DataConfig(image_size=12), order)
     for number, batch in enumerate(found):
         indices = order.indices(number)
@@ -59,7 +60,7 @@ def test_batches_hold_the_examples_of_the_order_and_zero_weight_padding():
 
 def test_images_are_resized_by_pillow_and_masks_stay_binary():
     source = Pictures()
-    batch = take_all(source, DataConfig(image_size=8), Order(7, 7), total=1)[0]
+    batch = take_all(source, DataConfig(image_size=8), BatchSampler(7, 7), total=1)[0]
     expected = Image.fromarray(source.images[2]).resize((8, 8), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(batch["image"][2], np.asarray(expected))
     assert set(np.unique(batch["mask"])) == {0, 255}
@@ -67,7 +68,7 @@ def test_images_are_resized_by_pillow_and_masks_stay_binary():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_position_restores_the_rest_of_the_batches(workers):
-    config, order = DataConfig(image_size=12, workers=workers), Order(7, 3, seed=1)
+    config, order = DataConfig(image_size=12, workers=workers), BatchSampler(7, 3, seed=1)
     expected = take_all(Pictures(), DataConfig(image_size=12), order)
     batches = make_batches(Pictures(), config, order, 6)
     first = [next(batches) for _ in range(2)]
@@ -88,7 +89,7 @@ def assert_nothing_runs():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_closed_when_asked_and_at_a_change_of_position(workers):
-    config, order = DataConfig(image_size=12, workers=workers), Order(7, 3, seed=1)
+    config, order = DataConfig(image_size=12, workers=workers), BatchSampler(7, 3, seed=1)
     expected = take_all(Pictures(), DataConfig(image_size=12), order)
     batches = make_batches(Pictures(), config, order, 6)
     first = next(batches)
@@ -100,7 +101,7 @@ def test_batches_are_closed_when_asked_and_at_a_change_of_position(workers):
 
 
 def test_batches_are_closed_at_the_end():
-    batches = make_batches(Pictures(), DataConfig(image_size=12), Order(7, 3), 6)
+    batches = make_batches(Pictures(), DataConfig(image_size=12), BatchSampler(7, 3), 6)
     assert len(list(batches)) == 6
     assert_nothing_runs()
     assert list(batches) == []
@@ -111,14 +112,14 @@ def test_batches_are_closed_when_one_cannot_be_read(workers):
     source = Pictures()
     source.images = source.images[:2]  # any other raises
     config = DataConfig(image_size=12, workers=workers)
-    batches = make_batches(source, config, Order(7, 3), 6)
+    batches = make_batches(source, config, BatchSampler(7, 3), 6)
     with pytest.raises(IndexError, match="out of bounds"):
         list(batches)
     assert_nothing_runs()
 
 
 def test_the_host_cache_decodes_each_example_once_and_changes_no_batch():
-    config, order = DataConfig(image_size=8), Order(7, 3, seed=1)
+    config, order = DataConfig(image_size=8), BatchSampler(7, 3, seed=1)
     source = Pictures()
     assert_same(
         take_all(InMemory(source, 8), config, order), take_all(Pictures(), config, order)
@@ -128,8 +129,10 @@ def test_the_host_cache_decodes_each_example_once_and_changes_no_batch():
 
 def test_processes_together_read_the_global_batch():
     config = DataConfig(image_size=12)
-    whole = take_all(Pictures(), config, Order(7, 4, seed=5), total=2)
-    parts = [take_all(Pictures(), config, Order(7, 4, 5, p, 2), total=2) for p in range(2)]
+    whole = take_all(Pictures(), config, BatchSampler(7, 4, seed=5), total=2)
+    parts = [
+        take_all(Pictures(), config, BatchSampler(7, 4, 5, p, 2), total=2) for p in range(2)
+    ]
     for number, batch in enumerate(whole):
         for name in batch:
             joined = np.concatenate([part[number][name] for part in parts])
@@ -138,7 +141,7 @@ def test_processes_together_read_the_global_batch():
 
 def test_tfdata_yields_the_same_batches():
     pytest.importorskip("tensorflow", reason="needs the extra [tf]")
-    order = Order(7, 3, seed=1)
+    order = BatchSampler(7, 3, seed=1)
     expected = take_all(Pictures(), DataConfig(image_size=8), order, start=1)
     config = DataConfig(image_size=8, loader="tfdata")
     assert_same(take_all(Pictures(), config, order, start=1), expected)

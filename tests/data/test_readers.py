@@ -7,8 +7,8 @@ from PIL import Image
 
 from jaxunet.config import DataConfig
 from jaxunet.data.images import read_image, read_mask
-from jaxunet.data.order import Order
 from jaxunet.data.pipeline import make_batches
+from jaxunet.data.sampler import BatchSampler
 
 
 class Numbered:
@@ -25,7 +25,9 @@ class Numbered:
 
 
 def test_a_position_set_on_a_reader_that_has_begun_counts():
-    batches = make_batches(Numbered(), DataConfig(image_size=4), Order(12, 3), last_batch=4)
+    batches = make_batches(
+        Numbered(), DataConfig(image_size=4), BatchSampler(12, 3), last_batch=4
+    )
 
     def read():
         return next(batches)["image"][:, 0, 0, 0].tolist()
@@ -41,18 +43,18 @@ def test_a_position_set_on_a_reader_that_has_begun_counts():
 
 
 def test_one_process_reads_whole_batches_unless_told_otherwise():
-    order = Order(7, 4, seed=2)
+    order = BatchSampler(7, 4, seed=2)
     for batch in range(4):
         assert order.local_indices(batch).tolist() == order.indices(batch).tolist()
 
 
 def test_padding_is_the_number_of_no_example():
-    assert Order(7, 3).indices(2).tolist() == [6, -1, -1]
+    assert BatchSampler(7, 3).indices(2).tolist() == [6, -1, -1]
 
 
 def test_the_order_is_that_of_numpys_generator_in_every_process_and_version():
     # Drawn by another generator, or by one without a seed, a run could not be gone on with.
-    order = Order(50, 5, seed=9)
+    order = BatchSampler(50, 5, seed=9)
     for epoch in range(2):
         expected = np.random.default_rng((9, epoch)).permutation(50)
         found = np.concatenate([order.indices(10 * epoch + n) for n in range(10)])

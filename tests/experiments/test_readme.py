@@ -39,7 +39,7 @@ NOT_HERE = {
     r"gcloud ": "needs a TPU slice",
     r"sbatch |srun ": "needs a Slurm cluster",
     r"mpirun ": "needs Open MPI and several hosts",
-    r"(\w+=\S+ )*JAX_COORDINATOR_ADDRESS=": "needs peers; tests/test_distributed.py",
+    r"(\w+=\S+ )*JAX_COORDINATOR_ADDRESS=": "needs peers; tests/devices/test_distributed.py",
     r"python experiments/gpu_programme\.py": "needs a GPU",
 }
 

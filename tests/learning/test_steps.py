@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from jaxunet.data.order import Order, generator
+from jaxunet.data.sampler import BatchSampler, generator
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
 from jaxunet.learning.augment import example_keys, random_flip, seed_key
@@ -209,7 +209,7 @@ def test_all_bits_of_a_seed_count_and_small_seeds_are_what_they_were():
 
 def test_orders_of_large_seeds_are_not_those_of_small_ones_at_another_epoch():
     np.testing.assert_array_equal(
-        Order(50, 50, seed=5).indices(1), np.random.default_rng((5, 1)).permutation(50)
+        BatchSampler(50, 50, seed=5).indices(1), np.random.default_rng((5, 1)).permutation(50)
     )
     drawn = {
         generator(seed, epoch, 0).bytes(8)

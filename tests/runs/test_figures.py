@@ -1,4 +1,4 @@
-"""`jaxunet.runs.figures`: which rows are shown, where outlines lie, what the pictures contain."""
+"""Figures: which rows are shown, where outlines lie, what the pictures contain."""
 
 import os
 import subprocess

@@ -86,7 +86,7 @@ def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(config, tmp_pat
 
 @pytest.mark.parametrize("name", ["own", "demo"])
 def test_a_preset_trains_on_twelve_pictures(name, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
     preset = importlib.import_module("presets").PRESETS[name]()
     for i in range(12):
         mask = np.zeros((30, 40), np.uint8)

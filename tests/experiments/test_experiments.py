@@ -15,7 +15,7 @@ from PIL import Image
 
 from jaxunet.runs.directory import read_metrics
 
-SCRIPTS = Path(__file__).parents[1] / "experiments"
+SCRIPTS = Path(__file__).parents[2] / "experiments"
 SMALL = [
     *("--data.image-size", "16", "--data.synthetic-train", "24"),
     *("--data.synthetic-validation", "6", "--model.width", "4", "--model.depth", "2"),

@@ -33,7 +33,7 @@ from jaxunet.devices import distributed
 from jaxunet.errors import ConfigError
 from jaxunet.runs.directory import read_metrics
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 GROUPS = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}  # processes, devices of each
 STRATEGIES = ("pmap", "jit")
 EPOCHS, STEPS_PER_EPOCH, EXAMPLES = 2, 5, 37

@@ -15,7 +15,7 @@ PADDING = -1
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchSampler:
     """The order of `count` examples over epochs of `batch_size` examples a batch.
 
     Attributes:

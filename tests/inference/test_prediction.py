@@ -1,4 +1,4 @@
-"""`jaxunet.inference.prediction` with a fake model: a pixel's probability is its red value / 255."""
+"""Prediction with a fake model: a pixel's probability is its red value / 255."""
 
 import errno
 import os

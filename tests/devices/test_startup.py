@@ -105,7 +105,7 @@ def test_a_platform_that_is_not_there_is_one_sentence(tmp_path):
     platforms = "cuda"
     if any(device.platform == "gpu" for device in jax.devices()):
         platforms = "rocm"
-    script = Path(__file__).parents[1] / "experiments" / "gpu_programme.py"
+    script = Path(__file__).parents[2] / "experiments" / "gpu_programme.py"
     done = subprocess.run(
         [sys.executable, script, "--out", tmp_path],
         capture_output=True,

@@ -206,7 +206,7 @@ def test_a_schedule_that_outlasts_a_step_is_measured():
 
 
 def test_the_programmes_parts_find_the_data_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
     gpu_programme = importlib.import_module("gpu_programme")
     monkeypatch.chdir(tmp_path)
     arguments = gpu_programme.Arguments(Path("data"), Path("out"))

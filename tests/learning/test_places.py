@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from jaxunet.data.order import Order
+from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError
@@ -69,7 +69,7 @@ def test_a_cache_on_the_devices_holds_a_split_of_several_parts_in_order():
     compiled = feed.compile(
         lambda _, batch: jax.lax.all_gather(batch, "data", tiled=True), outputs="replicated"
     )
-    order = Order(40, 6)
+    order = BatchSampler(40, 6)
     seen = []
     for batch in feed.batches(order, order.batches_per_epoch):
         found = strategy.fetch(compiled(strategy.replicate(np.float32(0)), feed.place(batch)))

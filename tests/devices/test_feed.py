@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jaxunet.config import DataConfig
-from jaxunet.data.order import Order
+from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices import feed as feed_module
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import make_strategy
@@ -39,7 +39,7 @@ def seen_by_a_step(cache, parallel, pictures, epochs=2):
     config = DataConfig(image_size=SIDE, cache=cache)
     strategy = make_strategy(parallel, jax.devices()[:2])
     feed = Feed(strategy, pictures, config, progress=False)
-    order = Order(11, batch_size=4, seed=3)
+    order = BatchSampler(11, batch_size=4, seed=3)
     compiled = feed.compile(step, outputs="replicated")
     with jax.transfer_guard("disallow"):
         nothing = strategy.replicate(np.float32(0))
@@ -69,7 +69,7 @@ def test_a_step_sees_the_same_batches_under_every_cache(cache, parallel):
 def test_only_indices_cross_to_the_devices():
     strategy = make_strategy("jit", jax.devices()[:1])
     feed = Feed(strategy, Pictures(), DataConfig(image_size=SIDE, cache="device"))
-    batch = next(feed.batches(Order(11, batch_size=4), 3))
+    batch = next(feed.batches(BatchSampler(11, batch_size=4), 3))
     assert batch.keys() == {"index", "weight"}
     assert sum(array.nbytes for array in batch.values()) == 4 * (4 + 1)
 
