@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -16,26 +15,24 @@ import tyro
 from command_line import parse, print_scores, run_script
 
 from jaxunet.config import Config, DataConfig, to_dict
-from jaxunet.data import Prepared, prepare
+from jaxunet.data import prepare
 from jaxunet.data.sources import Pair
 from jaxunet.devices import distributed
 from jaxunet.devices.environment import command_line, environment
-from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.files import check_writable, write_json
 from jaxunet.inference.challenge import evaluate_native, originals
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.inference.prediction import zip_masks
-from jaxunet.learning.steps import eval_step
 from jaxunet.runs.directory import (
     other_data,
     read_record,
     recorded_dataset,
     recorded_fingerprint,
 )
-from jaxunet.runs.evaluation import Evaluation, describe_split, evaluate, report
-from jaxunet.runs.loading import TrainedModel, compile_probabilities, load
+from jaxunet.runs.evaluation import Evaluation, describe_split, report
+from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
 T = TypeVar("T")
@@ -144,16 +141,6 @@ def score_originals(
     return Evaluation(counts, None, time.perf_counter() - start)
 
 
-def score_prepared(
-    model: TrainedModel, strategy: Strategy, data: Prepared, split: str, config: Config
-) -> Evaluation:
-    progress = distributed.is_main()
-    feed = Feed(strategy, data.source(split), config.data, progress=progress)
-    step = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
-    variables = strategy.replicate(model.variables)
-    return evaluate(feed, step, variables, config, progress=progress)
-
-
 def main() -> None:
     arguments = parse(Arguments, DESCRIPTION)
     if arguments.zip and not arguments.native:
@@ -203,7 +190,9 @@ def main() -> None:
             masks = [out / name / f"{pair.id}{MASK_SUFFIX}.png" for pair in pairs]
             zip_masks(masks, out / f"{name}.zip")
     else:
-        evaluation = score_prepared(model, strategy, data, split, config)
+        evaluation = evaluate_split(
+            model, strategy, data, split, chosen, show_progress=distributed.is_main()
+        )
     if not distributed.is_main():
         return
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)

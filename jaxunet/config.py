@@ -284,7 +284,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that determines a run's numbers."""
+    """Everything that determines a run's numbers.
+
+    >>> config = jaxunet.Config(data=jaxunet.DataConfig(image_size=64))
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

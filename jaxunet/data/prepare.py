@@ -34,6 +34,8 @@ def prepare(
     """Open the prepared dataset that `config` asks for; check the data and build it first
     if it isn't there.
 
+    >>> data = jaxunet.prepare(config.data)
+
     Building is atomic: an error, Ctrl-C or a kill leaves no half-made dataset. Of several
     processes that prepare the same dataset one builds, and the others wait for it.
 

@@ -307,7 +307,10 @@ class UNet(nn.Module):
 
 
 def make_unet(config: ModelConfig, axis_name: str | None = None) -> UNet:
-    """The U-Net that `config` describes."""
+    """The U-Net that `config` describes, a Linen module.
+
+    >>> model = jaxunet.make_unet(jaxunet.ModelConfig(width=16))
+    """
     return UNet(config, axis_name)
 
 

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jaxunet.config import Config
+from jaxunet.config import Config, DataConfig
+from jaxunet.data.prepared import Prepared
+from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Strategy
 from jaxunet.errors import RunError
-from jaxunet.learning.steps import Recipe, init_state, make_recipe, predict_step
+from jaxunet.learning.steps import Recipe, eval_step, init_state, make_recipe, predict_step
 from jaxunet.runs.checkpoint import Checkpoints, Which
 from jaxunet.runs.directory import config_of_main, load_config
+from jaxunet.runs.evaluation import Evaluation, evaluate
 from jaxunet.runs.finite import not_finite
 
 Probabilities = Callable[
@@ -60,6 +63,26 @@ def load(run: Path, which: Which = "latest") -> TrainedModel:
             "another checkpoint, or train anew with a smaller optimizer.learning_rate."
         )
     return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
+
+
+def evaluate_split(
+    model: TrainedModel,
+    strategy: Strategy,
+    data: Prepared,
+    split: str,
+    config: DataConfig,
+    *,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Score a model on a split, or a slice of one, of a prepared dataset.
+
+    Args:
+        config: how the data are read.
+    """
+    feed = Feed(strategy, data.source(split), config, progress=show_progress)
+    step = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
+    variables = strategy.replicate(model.variables)
+    return evaluate(feed, step, variables, model.config, progress=show_progress)
 
 
 def compile_probabilities(

@@ -261,7 +261,7 @@ class Trainer:
 def train(
     config: Config,
     data: Prepared,
-    out: Path,
+    out: Path | str,
     *,
     resume: bool = False,
     parallel: Literal["pmap", "jit"] = "pmap",
@@ -270,11 +270,14 @@ def train(
 ) -> Outcome:
     """Train `config` on `data` in the run directory `out`; see `Trainer.train`.
 
+    >>> outcome = jaxunet.train(config, jaxunet.prepare(config.data), "runs/a")
+    >>> outcome.summary["scores"]["per_image"]["dice"]
+
     Args:
         resume: go on with the run in `out`, if there is one.
         accept_other_data: go on with other data than the run was trained on, and record it.
     """
-    with RunDirectory(out, config, resume=resume) as run:
+    with RunDirectory(Path(out), config, resume=resume) as run:
         trainer = Trainer(
             config,
             data,
