@@ -43,8 +43,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "killed": ("in an epoch", "after one"),
 }
 Row = dict[str, Any]
-SIDE, PICTURES, EPOCHS = 16, 140, 2
-RATES = {"adam": 0.03, "adamw": 0.03, "sgd": 0.3}
+SIDE, PICTURES, EPOCHS = 16, 400, 2
+RATES = {"adam": 0.02, "adamw": 0.02, "sgd": 0.3}
 
 
 def clash(row: Row) -> bool:
@@ -102,8 +102,8 @@ def draw_discs(folder: Path) -> None:
             y, x = rng.uniform(4, SIDE - 4, 2)
             disc = (rows - y) ** 2 + (columns - x) ** 2 < rng.uniform(3, 6) ** 2
             image = rng.integers(0, 60, (SIDE, SIDE, 3)) + 180 * disc[..., np.newaxis]
-            images[f"{number:02d}.png"] = encoded(image.astype(np.uint8))
-            masks[f"{number:02d}.png"] = encoded(disc.astype(np.uint8) * 255)
+            images[f"{number:03d}.png"] = encoded(image.astype(np.uint8))
+            masks[f"{number:03d}.png"] = encoded(disc.astype(np.uint8) * 255)
         write_files(folder / split / "images", images)
         write_files(folder / split / "masks", masks)
 
@@ -144,7 +144,7 @@ def configuration(row: Row, data: DataConfig) -> Config:
             loss=row["loss"],
             augment=row["augment"],
             log_every=1,
-            checkpoint_every=10,
+            checkpoint_every=26,
         ),
     )
 
