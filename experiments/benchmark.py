@@ -16,7 +16,8 @@ from rich.table import Table
 
 from jaxunet.bench import benchmark
 from jaxunet.bench.benchmark import Contestant, describe, ratio, time_rounds
-from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
+from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import check_divisible, make_strategy

@@ -15,7 +15,8 @@ import jax
 import tyro
 from command_line import parse, print_scores, run_script
 
-from jaxunet.config import Config, DataConfig, to_dict
+from jaxunet.config import Config, DataConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.data.sources import Pair
 from jaxunet.devices import distributed

@@ -15,7 +15,8 @@ from presets import reference
 from rich.console import Console
 from rich.table import Table
 
-from jaxunet.config import Config, to_dict
+from jaxunet.config import Config
+from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from jaxunet.config import Config, DataConfig, from_dict, to_dict
+from jaxunet.config import Config, DataConfig
+from jaxunet.config_json import from_dict, to_dict
 from jaxunet.devices.distributed import is_main, on_main
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError, RunError

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from small_data import encoded, half_mask, picture, write_files
 
-from jaxunet.config import Config, DataConfig, to_dict
+from jaxunet.config import Config, DataConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import isic2018, prepare
 from jaxunet.data.folder import find, hashed_split, permuted_split
 from jaxunet.data.listing import SourceFile

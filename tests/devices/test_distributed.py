@@ -20,14 +20,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxunet.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    to_dict,
-)
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.devices import distributed
 from jaxunet.errors import ConfigError
