@@ -29,14 +29,9 @@ from jaxunet.inference.challenge import evaluate_native, originals
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.inference.prediction import zip_masks
 from jaxunet.learning.steps import eval_step
-from jaxunet.runs.directory import (
-    other_data,
-    read_record,
-    recorded_dataset,
-    recorded_fingerprint,
-)
 from jaxunet.runs.evaluation import Evaluation, describe_split, evaluate, report
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, load
+from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
 T = TypeVar("T")

@@ -1,8 +1,8 @@
 """Every choice of a run, as frozen dataclasses that are checked when they are made.
 
 `Config` is what a preset is, what the command line overrides field by field, and what
-`config.json` in a run directory holds (`jaxunet.config_json`). The docstrings under the fields are the help
-texts of the command line.
+`config.json` in a run directory holds (written and read by `jaxunet.config_json`). The
+docstrings under the fields are the help texts of the command line.
 """
 
 import itertools

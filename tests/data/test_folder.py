@@ -15,7 +15,7 @@ from jaxunet.data.listing import SourceFile
 from jaxunet.data.sources import Pair, SourcePairs
 from jaxunet.errors import DataError
 from jaxunet.files import write_json
-from jaxunet.runs.directory import load_config
+from jaxunet.runs.record import load_config
 
 IDS = [f"lesion_{number:03d}" for number in range(12)]
 
