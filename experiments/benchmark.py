@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jaxunet.bench import benchmark
 from jaxunet.bench.benchmark import Contestant, describe, ratio, time_rounds
+from jaxunet.bench.figures import scaling, throughput
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
@@ -24,7 +25,6 @@ from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
 from jaxunet.model import cpu
-from jaxunet.runs.figures import scaling, throughput
 
 Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation", "layers"]
 VARIABLES = ("XLA_FLAGS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", cpu.SWITCH)
