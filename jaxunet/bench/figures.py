@@ -18,6 +18,16 @@ from jaxunet.runs.canvas import (
 )
 
 
+def draw(result: dict[str, Any], path: Path, title: str) -> None:
+    """Cost against size, if the sweep has only that; else a bar for every time."""
+    points = result["points"]
+    for axis, fit in result["fits"].items():
+        if "memory_exponent" in fit and len(fit["values"]) == len(points):
+            scaling(points, axis, path, title)
+            return
+    throughput(points, path, title)
+
+
 @with_own_settings
 def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw what `experiments/benchmark.py` measured to the PNG file `path`.
