@@ -14,7 +14,8 @@ import jax
 import tyro
 from command_line import parse, print_scores, run_script
 
-from jaxunet.config import Config, DataConfig, to_dict
+from jaxunet.config import Config, DataConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.data.sources import Pair
 from jaxunet.devices import distributed
@@ -25,14 +26,9 @@ from jaxunet.files import check_writable, write_json
 from jaxunet.inference.challenge import evaluate_native, originals
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.inference.prediction import zip_masks
-from jaxunet.runs.directory import (
-    other_data,
-    read_record,
-    recorded_dataset,
-    recorded_fingerprint,
-)
 from jaxunet.runs.evaluation import Evaluation, describe_split, report
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
+from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
 T = TypeVar("T")

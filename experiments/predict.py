@@ -16,8 +16,8 @@ from jaxunet.devices.strategies import make_strategy
 from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import predict_files
-from jaxunet.runs.directory import load_config
 from jaxunet.runs.loading import compile_probabilities, load
+from jaxunet.runs.record import load_config
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from presets import reference
 from rich.console import Console
 from rich.table import Table
 
-from jaxunet.config import Config, to_dict
+from jaxunet.config import Config
+from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
-from jaxunet.runs.directory import read_metrics
 from jaxunet.runs.evaluation import describe_split
 from jaxunet.runs.figures import loss_comparison
+from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import train
 
 REPORTED = {"dice": 0.8494, "iou": 0.7480}

@@ -13,12 +13,8 @@ from presets import PRESETS
 from jaxunet.config import Config
 from jaxunet.data import prepare
 from jaxunet.devices import distributed
-from jaxunet.runs.directory import (
-    RunDirectory,
-    config_of_main,
-    load_config,
-    recorded_fingerprint,
-)
+from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.record import config_of_main, load_config, recorded_fingerprint
 from jaxunet.runs.training import train
 
 

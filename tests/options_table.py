@@ -22,7 +22,8 @@ from small_data import encoded, write_files
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import Prepared, prepare
 from jaxunet.runs import training
-from jaxunet.runs.directory import RunDirectory, read_metrics
+from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import Outcome, Trainer, train
 
 OPTIONS: dict[str, tuple[Any, ...]] = {

@@ -12,16 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jaxunet.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    dumps,
-    from_dict,
-    to_dict,
-)
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.config_json import dumps, from_dict, to_dict
 from jaxunet.data.images import encode_png, read_image, read_mask, resize_image, resize_mask
 from jaxunet.data.reader import BatchReader
 from jaxunet.data.sampler import PADDING, BatchSampler

@@ -18,9 +18,9 @@ from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
 from jaxunet.learning.steps import eval_step
 from jaxunet.provenance import disagreement
-from jaxunet.runs.directory import load_config, other_data, read_metrics, recorded_fingerprint
 from jaxunet.runs.evaluation import describe_split, evaluate
 from jaxunet.runs.loading import compile_probabilities, load
+from jaxunet.runs.record import load_config, other_data, read_metrics, recorded_fingerprint
 from jaxunet.runs.training import train
 
 RUNS = Path(__file__).parent / "runs" / "v0.1.tar.gz"

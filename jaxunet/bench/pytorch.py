@@ -10,7 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jaxunet.bench.benchmark import Contestant, Mode, random_batch, random_convolution
+from jaxunet.bench.products import random_convolution
+from jaxunet.bench.rounds import Contestant
+from jaxunet.bench.steps import Mode, random_batch
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables

@@ -16,7 +16,6 @@ from jaxunet.data.prepare import prepare
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import DataError
 from jaxunet.runs.checkpoint import Which
-from jaxunet.runs.directory import other_data, recorded_fingerprint
 from jaxunet.runs.evaluation import describe_split, report
 from jaxunet.runs.loading import (
     Probabilities,
@@ -25,6 +24,7 @@ from jaxunet.runs.loading import (
     evaluate_split,
 )
 from jaxunet.runs.loading import load as load_trained
+from jaxunet.runs.record import other_data, recorded_fingerprint
 
 
 @dataclass(frozen=True)

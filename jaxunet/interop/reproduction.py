@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from jaxunet.bars import Bar
-from jaxunet.config import Config, to_dict
+from jaxunet.config import Config
+from jaxunet.config_json import to_dict
 from jaxunet.data.pipeline import make_batches
 from jaxunet.data.reader import DataSource, HostBatch
 from jaxunet.data.sampler import BatchSampler

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxunet.config import Config, to_dict
+from jaxunet.config import Config
+from jaxunet.config_json import to_dict
 from jaxunet.errors import DataError, RunError
 from jaxunet.files import write_json
 from jaxunet.interop.layouts import LayoutName, layout_of

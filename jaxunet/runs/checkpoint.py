@@ -1,4 +1,4 @@
-"""Checkpoints of a run; the one file that imports Orbax.
+"""Checkpoints of a run: saved, found, read back whole or not at all.
 
 Each checkpoint holds the training state as host arrays, so that it is good for any number
 of devices and processes and either strategy, and a JSON object with everything else needed
@@ -7,7 +7,6 @@ arrays, and reads flipped bits as if nothing had happened.
 """
 
 import json
-import math
 import shutil
 import sys
 import time
@@ -19,26 +18,21 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from absl import logging as absl_logging
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxunet.devices.distributed import from_main, is_main, on_main
 from jaxunet.errors import RunError
 from jaxunet.files import check_encodable, check_writable, system_error, why, write_atomically
 from jaxunet.learning.steps import TrainState
 from jaxunet.provenance import disagreement
-from jaxunet.runs.earlier import current, forms, stored
+from jaxunet.runs import orbax
+from jaxunet.runs.earlier import current
 from jaxunet.runs.integrity import checksum_of, json_damage, other_arrays
 
 T = TypeVar("T")
 Which = Literal["latest", "best"]
-KEPT = 2  # of the latest checkpoints
 SCORES, PROGRESS = Path("metrics", "metrics"), Path("progress", "metadata")  # in each of them
 LOOKS = 20  # at the checkpoints of a run that removes old ones meanwhile
 REMOVAL = 0.2  # seconds that it may take to remove one
-
-absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax narrates every file, and its errors
 
 
 class Checkpoints:
@@ -59,49 +53,23 @@ class Checkpoints:
                 not be written to.
         """
 
-        def metric(metrics: dict[str, float]) -> float:
-            return metrics.get(best_metric, -math.inf)
-
         self.directory, self.read_only = directory, read_only
         if not is_main():
             return
-        options = ocp.CheckpointManagerOptions(
-            best_fn=metric,
-            best_mode="max",
-            preservation_policy=preservation_policy.AnyPreservationPolicy(
-                [
-                    preservation_policy.LatestN(KEPT),
-                    preservation_policy.BestN(
-                        get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
-                    ),
-                ]
-            ),
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-            # Made in a thread, a folder that can't be made is waited for for 300 s.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            # Orbax would wait for the other processes, which never come here.
-            create=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                active_processes={0}, barrier_sync_key_prefix="main"
-            )
-            if jax.process_count() > 1
-            else ocp.options.MultiprocessingOptions(),
-        )
         if read_only:
             check_encodable(directory)
         else:
             check_writable(directory)
 
-        def open_() -> ocp.CheckpointManager:
+        def opened() -> orbax.Manager:
             self._set_aside_without_scores()
-            return ocp.CheckpointManager(directory.absolute(), options=options)
+            return orbax.open_manager(directory, best_metric, read_only=read_only)
 
         try:
-            self._manager = self._look(open_)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            self._manager = self._look(opened)
+        except orbax.NOT_READ as error:
             raise RunError(
-                f"The checkpoints in {directory} cannot be listed: {_reason(error)}."
+                f"The checkpoints in {directory} cannot be listed: {orbax.reason(error)}."
             ) from error
 
     def _look(self, function: Callable[[], T]) -> T:
@@ -159,15 +127,7 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 self._complete(step, state, record, metrics)
                 return
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(stored(state)),
-                    progress=ocp.args.JsonSave(record),
-                ),
-                metrics=metrics,
-                force=True,
-            )
+            orbax.save(self._manager, state, record, metrics)
 
     def _complete(
         self,
@@ -194,7 +154,7 @@ class Checkpoints:
         write_atomically(folder / PROGRESS, json.dumps(record))
         self._manager.reload()
         steps = sorted(self._manager.all_steps())
-        for old in set(steps[:-KEPT]) - {self._manager.best_step()}:
+        for old in set(steps[: -orbax.KEPT]) - {self._manager.best_step()}:
             self._manager.delete(old)
 
     def wait(self) -> None:
@@ -304,31 +264,17 @@ class Checkpoints:
         print(f"warning: {said}", file=sys.stderr)
 
     def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        errors: list[Exception] = []
-        for form in forms(target):
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(stored(form)),
-                        progress=ocp.args.JsonRestore(),
-                    ),
-                )
-                break
-            except (ValueError, KeyError, OSError, TypeError) as unread:
-                errors.append(unread)
-        else:
-            # A form that fits and can't be read says more than those that don't fit.
-            error = next((e for e in errors if "do not match" not in str(e)), errors[0])
+        try:
+            state, form, progress = orbax.read(self._manager, step, target)
+        except orbax.NOT_READ as error:
             if self.read_only:
                 time.sleep(REMOVAL)
                 if not (self.directory / str(step)).exists():
                     raise FileNotFoundError(f"step {step} was removed") from error
             raise RunError(
                 f"The checkpoint of step {step} in {self.directory} cannot be read with this "
-                f"configuration: {_reason(error)}."
+                f"configuration: {orbax.reason(error)}."
             ) from error
-        state = TrainState(**restored["state"])
         # Orbax gives arrays the shapes that they were saved with, whatever was asked for.
         differing = other_arrays(state, form)
         if differing:
@@ -337,7 +283,6 @@ class Checkpoints:
                 f"the configuration: {differing[0]}, and {len(differing) - 1} more. Go back "
                 "to the configuration that it was made with."
             )
-        progress = restored["progress"]
         checksum = progress.pop("checksum", None) if isinstance(progress, dict) else None
         if checksum is None or disagreement(
             {"checksum": checksum},
@@ -356,11 +301,3 @@ class Checkpoints:
         if is_main():
             with self._writing():
                 self._manager.close()
-
-
-def _reason(error: Exception) -> str:
-    """What Orbax says first; after it, it prints whole arrays."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].endswith("tree structures do not match:"):
-        return f"it is of another model, with a difference in {lines[1].rstrip(':')}"
-    return lines[0][:300].rstrip(".")

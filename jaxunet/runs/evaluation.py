@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxunet.bars import Bar
-from jaxunet.config import Config, to_dict
+from jaxunet.config import Config
+from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared
 from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices.distributed import same_everywhere

@@ -1,60 +1,34 @@
-"""What a person looks at: learning curves, tables of predictions, contours on pictures.
+"""What a person looks at: learning curves, tables of predictions, contours on pictures."""
 
-The one file that imports matplotlib. It draws on `Figure` objects of its own, never on
-pyplot's, with matplotlib's own settings whatever `matplotlibrc` says, and by Agg whatever
-`MPLBACKEND` says: it needs no display, no TeX and no notebook.
-"""
-
-import contextlib
-import functools
-import io
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
-
-if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
-    # A backend that is not there, such as a notebook's elsewhere, would end the import.
-    import matplotlib
-
-    os.environ["MPLBACKEND"] = backend
-    with contextlib.suppress(ValueError):  # for the caller's own figures, where it is there
-        matplotlib.rcParams["backend"] = backend
-import matplotlib.style
 from jaxtyping import Bool, Float, UInt8
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from jaxunet.files import write_atomically
+from jaxunet.runs.canvas import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Axes,
+    ConstrainedLayoutEngine,
+    Figure,
+    Line2D,
+    MaxNLocator,
+    finish,
+    save,
+    to_rgb,
+    with_own_settings,
+)
 
-# Okabe and Ito's palette, told apart under every common colour blindness.
-BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, BLACK, SKY, YELLOW = "#E69F00", "#000000", "#56B4E9", "#F0E442"
 TRUTH, PREDICTION = SKY, YELLOW
-
-P = ParamSpec("P")
-
-
-def _with_own_settings(draw: Callable[P, None]) -> Callable[P, None]:
-    """`draw` under matplotlib's own settings, not the user's: these could need TeX, say."""
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
-        with matplotlib.style.context("default"):
-            draw(*args, **kwargs)
-
-    return drawn
-
 
 Picture = UInt8[np.ndarray, "height width 3"]
 Mask = UInt8[np.ndarray, "height width"] | Bool[np.ndarray, "height width"]
@@ -145,7 +119,7 @@ def overlay(image: Picture, mask: Mask, colour: str = YELLOW) -> Picture:
     return drawn
 
 
-@_with_own_settings
+@with_own_settings
 def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
     """Draw loss and validation scores of a run to the PNG file `path`.
 
@@ -168,7 +142,7 @@ def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
         _plot(loss_axes, middles, means, BLUE, "training, mean of epoch")
     steps, losses, _ = _series(metrics_lines, "validation", "loss")
     _plot(loss_axes, steps, losses, VERMILLION, "validation, end of epoch")
-    _finish(loss_axes, "Loss", "step", "loss")
+    finish(loss_axes, "Loss", "step", "loss")
 
     for name, title, colour in (("dice", "Dice", GREEN), ("iou", "IoU", PURPLE)):
         _, scores, epochs = _series(metrics_lines, "validation", name)
@@ -182,11 +156,11 @@ def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
             score_axes.set_xlim(0.5, epochs.max() + 0.5)
     score_axes.set_ylim(0, 1)
     score_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _finish(score_axes, "Validation, mean over images", "epoch", "score")
-    _save(figure, path)
+    finish(score_axes, "Validation, mean over images", "epoch", "score")
+    save(figure, path)
 
 
-@_with_own_settings
+@with_own_settings
 def loss_comparison(
     curves: dict[str, list[float]], path: Path, title: str, *, first: int = 60
 ) -> None:
@@ -219,99 +193,12 @@ def loss_comparison(
                 linewidth=3.5 if place == 0 else 1.5,
                 label=name,
             )
-    _finish(left, f"the first {min(first, longest)} steps", "step", "loss")
-    _finish(right, f"mean of {window} steps", "step", "loss")
-    _save(figure, path)
+    finish(left, f"the first {min(first, longest)} steps", "step", "loss")
+    finish(right, f"mean of {window} steps", "step", "loss")
+    save(figure, path)
 
 
-@_with_own_settings
-def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw what `experiments/benchmark.py` measured to the PNG file `path`.
-
-    Of one point, the time of a step of each contestant; of a sweep, the time of a training
-    step at each point. Bars are medians, whiskers the quartiles.
-
-    Args:
-        points: the result's `points`.
-    """
-    bars: list[tuple[str, dict[str, Any], str]] = []
-    for point in points:
-        setting = point["setting"]
-        name = (
-            f"width {setting['width']}, {setting['image_size']} px, "
-            f"batch {setting['batch_size']}, {setting['dtype']}"
-        )
-        for mode in ("train", "eval", "predict"):
-            if mode in point and (len(points) == 1 or mode == "train"):
-                before = f"{name}\n" if len(points) > 1 else f"{mode}: "
-                bars.append((f"{before}jaxunet", point[mode]["jaxunet"], BLUE))
-                for form, found in point[mode].get("pytorch", {}).items():
-                    bars.append((f"{before}PyTorch {form}", found, ORANGE))
-        if len(points) == 1:
-            if "pipeline" in point:
-                bars.append(("input pipeline alone", point["pipeline"], GREEN))
-            for cache, found in point.get("training", {}).items():
-                bars.append((f"training, cache {cache}", found, GREEN))
-    figure = Figure(figsize=(8, 1.2 + 0.38 * max(1, len(bars))), layout="constrained")
-    axes = figure.subplots()
-    for place, (_, found, colour) in enumerate(bars):
-        median = 1e3 * found["step_seconds"]["median"]
-        low, high = (1e3 * x for x in found["step_seconds"]["quartiles"])
-        axes.barh(place, median, color=colour, height=0.7)
-        axes.plot([low, high], [place, place], color=BLACK, linewidth=2)
-        axes.annotate(
-            f"{median:,.0f}" if median >= 100 else f"{median:.3g}",
-            (max(median, high), place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    _finish(axes, title, "milliseconds a step", "")
-    _save(figure, path)
-
-
-@_with_own_settings
-def scaling(points: list[dict[str, Any]], axis: str, path: Path, title: str) -> None:
-    """Draw a training step's time and memory against a size to the PNG file `path`.
-
-    Both on logarithmic axes, with the fitted powers: dots are medians, whiskers quartiles.
-
-    Args:
-        points: the result's `points`, in which `axis` of the setting varies.
-    """
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    sizes = [point["setting"][axis] for point in points]
-    ours = [point["train"]["jaxunet"] for point in points]
-    times = [1e3 * o["step_seconds"]["median"] for o in ours]
-    spread = np.array([[1e3 * x for x in o["step_seconds"]["quartiles"]] for o in ours])
-    memory = [o["program_bytes"] / 1e6 for o in ours]
-    name = axis.replace("_", " ")
-    for axes, values, what in zip(
-        figure.subplots(1, 2),
-        (times, memory),
-        ("milliseconds a step", "MB of the compiled step"),
-        strict=True,
-    ):
-        power, offset = np.polyfit(np.log(sizes), np.log(values), 1)
-        axes.loglog(sizes, np.exp(offset) * np.array(sizes) ** power, color=SKY, label="fit")
-        axes.plot(sizes, values, "o", color=BLUE, label="measured")
-        if values is times:
-            axes.vlines(sizes, *spread.T, color=BLACK, linewidth=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        low, high = min(values), max(values)
-        ticks = [low * (high / low) ** (step / 3) for step in range(4)]
-        axes.set_yticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-        _finish(axes, f"grows as {name} to the power {power:.2f}", name, what)
-    _save(figure, path)
-
-
-@_with_own_settings
+@with_own_settings
 def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
     """Draw the table image | ground truth | prediction | overlay to the PNG file `path`.
 
@@ -359,7 +246,7 @@ def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
         labelcolor="white",
         fontsize=9,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _series(
@@ -392,17 +279,3 @@ def _contour(axes: Axes, mask: np.ndarray, colour: str, width: float) -> None:
         )
         drawn.set_clip_on(False)  # a line along the border lies half outside
         axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))
-
-
-def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
-    write_atomically(path, buffer.getvalue())

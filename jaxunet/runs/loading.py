@@ -17,9 +17,9 @@ from jaxunet.devices.strategies import Strategy
 from jaxunet.errors import RunError
 from jaxunet.learning.steps import Recipe, eval_step, init_state, make_recipe, predict_step
 from jaxunet.runs.checkpoint import Checkpoints, Which
-from jaxunet.runs.directory import config_of_main, load_config
 from jaxunet.runs.evaluation import Evaluation, evaluate
 from jaxunet.runs.finite import not_finite
+from jaxunet.runs.record import config_of_main, load_config
 
 Probabilities = Callable[
     [UInt8[np.ndarray, "batch height width 3"]], Float[np.ndarray, "batch height width 1"]

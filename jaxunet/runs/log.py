@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxunet.errors import RunError
 from jaxunet.files import why, write_atomically
-from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.record import read_metrics
 
 
 class MetricsLog:

@@ -11,8 +11,8 @@ from jaxunet.data.images import resize_image, resize_mask
 from jaxunet.data.reader import DataSource
 from jaxunet.learning.metrics import per_image
 from jaxunet.runs import figures
-from jaxunet.runs.directory import read_metrics
 from jaxunet.runs.loading import Probabilities
+from jaxunet.runs.record import read_metrics
 
 
 def write_figures(

@@ -10,7 +10,8 @@ from typing import Any, Literal, NoReturn
 import jax
 import numpy as np
 
-from jaxunet.config import Config, to_dict
+from jaxunet.config import Config
+from jaxunet.config_json import to_dict
 from jaxunet.data.prepare import Prepared
 from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices.distributed import is_main

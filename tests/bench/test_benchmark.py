@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_experiments import run as run_script
 
-from jaxunet.bench import benchmark
+from jaxunet.bench import products, rounds, steps
 from jaxunet.bench.flops import forward_flops, layers, train_flops
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.devices.strategies import make_strategy
@@ -72,17 +72,17 @@ def test_rounds_alternate_and_last_as_long_as_asked():
         return run
 
     slow, fast = contestant("slow", 0.02), contestant("fast", 0.01)
-    times = benchmark.time_rounds({"slow": slow, "fast": fast}, 4, 0.06)
+    times = rounds.time_rounds({"slow": slow, "fast": fast}, 4, 0.06)
     assert calls[2:] == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
     assert len(times["slow"]) == len(times["fast"]) == 4
     assert np.median(times["slow"]) == pytest.approx(0.02, rel=0.3)
-    found = benchmark.ratio(times["slow"], times["fast"])
+    found = rounds.ratio(times["slow"], times["fast"])
     assert found["median"] == pytest.approx(2, rel=0.3)
     assert found["quartiles"][0] <= found["median"] <= found["quartiles"][1]
 
 
 def test_a_description_follows_from_the_times():
-    found = benchmark.describe([0.5, 0.1, 0.2], images=8, flops=1e9)
+    found = rounds.describe([0.5, 0.1, 0.2], images=8, flops=1e9)
     assert found["step_seconds"]["median"] == 0.2
     assert found["step_seconds"]["least"] == 0.1
     assert found["images_per_second"] == pytest.approx(40)
@@ -91,11 +91,11 @@ def test_a_description_follows_from_the_times():
 
 def test_the_exponent_of_a_power_law_is_found():
     sizes = [1, 2, 4, 8]
-    assert benchmark.exponent(sizes, [3 * s**1.5 for s in sizes]) == pytest.approx(1.5)
+    assert rounds.exponent(sizes, [3 * s**1.5 for s in sizes]) == pytest.approx(1.5)
 
 
 def test_the_rate_of_matrix_products_is_that_of_numpy_within_reason():
-    found = benchmark.matmul_rate("float32", jax.devices()[0], seconds=0.05)
+    found = products.matmul_rate("float32", jax.devices()[0], seconds=0.05)
     x = np.ones((1024, 1024), np.float32)
     x @ x
     start = time.perf_counter()
@@ -115,12 +115,12 @@ def test_a_step_is_compiled_timed_and_counted(mode, cache):
         train=TrainConfig(augment="none"),
     )
     strategy = make_strategy("jit", jax.devices()[:1])
-    state = benchmark.initial_state(config)
+    state = steps.initial_state(config)
     settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in settings]
     jax.config.update("jax_enable_compilation_cache", cache)
     try:
-        found = benchmark.make_step(strategy, config, mode, state, 3)
+        found = steps.make_step(strategy, config, mode, state, 3)
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     assert [getattr(jax.config, name) for name in settings] == before
@@ -132,8 +132,8 @@ def test_a_step_is_compiled_timed_and_counted(mode, cache):
     assert found.program_bytes > 3 * 16 * 16 * 3
     assert (found.loss is not None) == (mode == "train")
     found(2)
-    one = benchmark.step_flops(config, mode, 1)
-    assert benchmark.step_flops(config, mode, 3) == 3 * one
+    one = steps.step_flops(config, mode, 1)
+    assert steps.step_flops(config, mode, 3) == 3 * one
 
 
 def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
@@ -198,8 +198,8 @@ def test_a_schedule_that_outlasts_a_step_is_measured():
         train=TrainConfig(augment="none"),
     )
     strategy = make_strategy("jit", jax.devices()[:1])
-    step, arguments = benchmark._step_and_arguments(
-        strategy, config, "train", benchmark.initial_state(config), 2
+    step, arguments = steps._step_and_arguments(
+        strategy, config, "train", steps.initial_state(config), 2
     )
     _, metrics = step(*arguments)
     assert np.isfinite(strategy.fetch(metrics)["loss"])

@@ -7,14 +7,15 @@ import pytest
 from PIL import Image
 from small_data import encoded, half_mask, picture, write_files
 
-from jaxunet.config import Config, DataConfig, to_dict
+from jaxunet.config import Config, DataConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import isic2018, prepare
 from jaxunet.data.folder import find, hashed_split, permuted_split
 from jaxunet.data.listing import SourceFile
 from jaxunet.data.sources import Pair, SourcePairs
 from jaxunet.errors import DataError
 from jaxunet.files import write_json
-from jaxunet.runs.directory import load_config
+from jaxunet.runs.record import load_config
 
 IDS = [f"lesion_{number:03d}" for number in range(12)]
 

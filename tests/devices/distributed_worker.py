@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxunet.config import Config, from_dict
+from jaxunet.config import Config
+from jaxunet.config_json import from_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.devices import distributed
 from jaxunet.devices.feed import Feed

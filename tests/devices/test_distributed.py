@@ -20,18 +20,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxunet.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    to_dict,
-)
+from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.devices import distributed
 from jaxunet.errors import ConfigError
-from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.record import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 GROUPS = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}  # processes, devices of each

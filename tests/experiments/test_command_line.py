@@ -19,7 +19,8 @@ import pytest
 from bad_input.ground import SCRIPTS, run
 from PIL import Image
 
-from jaxunet.config import Config, DataConfig, ModelConfig, to_dict
+from jaxunet.config import Config, DataConfig, ModelConfig
+from jaxunet.config_json import to_dict
 from jaxunet.devices.startup import use_compilation_cache
 from jaxunet.errors import ConfigError
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.record import read_metrics
 
 SCRIPTS = Path(__file__).parents[2] / "experiments"
 SMALL = [

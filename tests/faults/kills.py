@@ -35,7 +35,7 @@ from jaxunet.devices.environment import environment
 from jaxunet.files import write_json
 from jaxunet.learning.steps import init_state, make_recipe
 from jaxunet.runs.checkpoint import Checkpoints
-from jaxunet.runs.directory import load_config, read_metrics
+from jaxunet.runs.record import load_config, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 OPTIONS = [

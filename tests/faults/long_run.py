@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxunet.devices.environment import environment
 from jaxunet.files import write_json
-from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.record import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 100

@@ -3,7 +3,7 @@ import sys
 import long_run
 import pytest
 
-from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.record import read_metrics
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")

@@ -16,7 +16,7 @@ from jaxunet.errors import ConfigError, RunError
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.interop.reproduction import FOLLOWED, check_followed, flips, train_pytorch
 from jaxunet.learning.augment import random_flip
-from jaxunet.runs.directory import read_metrics
+from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import train
 
 

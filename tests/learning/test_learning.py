@@ -15,8 +15,8 @@ from jaxunet.data import prepare
 from jaxunet.errors import ConfigError, RunError
 from jaxunet.learning.optim import make_schedule
 from jaxunet.runs import training
-from jaxunet.runs.directory import load_config, read_metrics
 from jaxunet.runs.evaluation import Evaluation, report
+from jaxunet.runs.record import load_config, read_metrics
 from jaxunet.runs.training import train
 
 

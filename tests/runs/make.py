@@ -22,9 +22,9 @@ from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.learning.steps import eval_step
 from jaxunet.runs import training
-from jaxunet.runs.directory import read_metrics
 from jaxunet.runs.evaluation import evaluate
 from jaxunet.runs.loading import compile_probabilities, load
+from jaxunet.runs.record import read_metrics
 
 BASE = Config(
     data=DataConfig(image_size=16, stored_size=16, synthetic_train=8, synthetic_validation=4),

@@ -12,9 +12,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from jaxunet.runs import figures
+from jaxunet.runs.canvas import BLUE, GREEN, SKY, VERMILLION, YELLOW
 from jaxunet.runs.reporting import write_figures
-
-BLUE, GREEN, VERMILLION = figures.BLUE, figures.GREEN, figures.VERMILLION
 
 
 def pixels(path):
@@ -100,11 +99,11 @@ def test_outline_lies_on_the_edge_and_nowhere_else():
     image = np.full((12, 14, 3), 100, np.uint8)
     mask = np.zeros((12, 14), bool)
     mask[3:9, 4:11] = True
-    drawn = figures.overlay(image, mask, figures.YELLOW)
+    drawn = figures.overlay(image, mask, YELLOW)
     expected = np.zeros((12, 14), bool)
     expected[2:10, 3:12] = True  # one pixel outside
     expected[4:8, 5:10] = False  # and one inside
-    np.testing.assert_array_equal(places(drawn, figures.YELLOW), expected)
+    np.testing.assert_array_equal(places(drawn, YELLOW), expected)
     assert (drawn[~expected] == 100).all()
     assert (image == 100).all()
 
@@ -130,7 +129,7 @@ def test_an_empty_mask_and_a_single_pixel_have_outlines_too():
     image = np.full((5, 5, 3), 9, np.uint8)
     np.testing.assert_array_equal(figures.overlay(image, np.zeros((5, 5), bool)), image)
     one = figures.overlay(np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), bool))
-    assert places(one, figures.YELLOW).all()
+    assert places(one, YELLOW).all()
 
 
 # Pictures
@@ -187,7 +186,7 @@ def test_loss_curves_that_coincide_can_both_be_seen(tmp_path):
     figures.loss_comparison({"PyTorch": losses, "jaxunet": losses}, path, "title")
     picture = pixels(path)
     plotted = picture[picture.shape[0] // 3 :]  # below the legend
-    assert places(plotted, figures.SKY).sum() > 100
+    assert places(plotted, SKY).sum() > 100
     assert places(plotted, VERMILLION).sum() > 100
 
 
@@ -197,7 +196,7 @@ def test_loss_curves_that_coincide_can_both_be_seen(tmp_path):
 def test_a_backend_that_is_not_there_keeps_no_figure_from_being_drawn(tmp_path):
     backend = "module://matplotlib_inline.backend_inline"
     path = tmp_path / "curves.png"
-    code = "import pathlib, sys; from jaxunet import figures\n"
+    code = "import pathlib, sys; from jaxunet.runs import figures\n"
     code += "figures.curves([], pathlib.Path(sys.argv[1]))"
     variables = os.environ | {"MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", code, path], check=True, env=variables)
@@ -214,7 +213,7 @@ def test_the_users_settings_neither_change_figures_nor_are_changed(tmp_path):
 
 
 def test_curves_of_many_epochs_take_memory_by_the_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "_save", lambda *_: None)
+    monkeypatch.setattr(figures, "save", lambda *_: None)
 
     def peak(epochs):
         lines = metrics_lines(epochs)

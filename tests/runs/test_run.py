@@ -11,8 +11,9 @@ from jaxunet import files
 from jaxunet.config import Config
 from jaxunet.errors import RunError
 from jaxunet.files import check_encodable, check_writable, system_error, why
-from jaxunet.runs.directory import RunDirectory, read_metrics
+from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.log import MetricsLog
+from jaxunet.runs.record import read_metrics
 
 CONFIG = Config()
 

@@ -18,9 +18,10 @@ from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import ConfigError, RunError
 from jaxunet.learning.steps import eval_step
 from jaxunet.runs.checkpoint import Checkpoints
-from jaxunet.runs.directory import RunDirectory, load_config, read_metrics
+from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import evaluate
 from jaxunet.runs.loading import load
+from jaxunet.runs.record import load_config, read_metrics
 from jaxunet.runs.training import Stopped, Trainer, train
 
 EPOCHS, STEPS_PER_EPOCH = 2, 3

@@ -1,8 +1,9 @@
 """3x3 convolutions on a CPU: our own loops, compiled by LLVM, called by XLA.
 
-`loops` has the two loops, `calls` how XLA calls them and shares them among its threads,
-`emit` a few words for writing LLVM's code. Here: for which processors, and how they are
-compiled (by llvmlite, in about 0.4 s, when the first convolution is traced).
+`loops` has the two loops, of `conv` and `kernel_gradient`; `registers` what they hold at a
+time, by processor; `calls` how XLA calls them and shares them among its threads; `emit` a few
+words for writing LLVM's code. Here: whether they are on, and how they are compiled (by
+llvmlite, in about 0.4 s, when the first convolution is traced).
 """
 
 import ctypes
@@ -19,7 +20,8 @@ import llvmlite.binding as llvm
 
 from jaxunet.errors import ConfigError
 from jaxunet.model.cpu.calls import FFI_VERSION
-from jaxunet.model.cpu.loops import CONV, INPUT_GRADIENT, KERNEL_GRADIENT, Blocks, build
+from jaxunet.model.cpu.loops import CONV, INPUT_GRADIENT, KERNEL_GRADIENT, build
+from jaxunet.model.cpu.registers import Blocks, blocks_for
 
 __all__ = [
     "CONV",
@@ -134,18 +136,6 @@ def register(blocks: Blocks, engine: llvm.ExecutionEngine) -> None:
     for name in map(blocks.target, (CONV, INPUT_GRADIENT, KERNEL_GRADIENT)):
         pointer = ctypes.CFUNCTYPE(ctypes.c_void_p)(engine.get_function_address(name))
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(pointer), platform="cpu")
-
-
-def blocks_for(machine: str, features: dict[str, bool]) -> Blocks | None:
-    """What fits into the registers of a processor: 32 (AVX-512, ARM) or 16 (AVX2) vectors."""
-    if machine == "x86_64":
-        if features.get("avx512f"):
-            return Blocks(lanes=16, pixels=(16, 8, 4), channels=8)
-        if features.get("avx2") and features.get("fma"):
-            return Blocks(lanes=8, pixels=(8, 4), channels=4)
-    if machine in ("aarch64", "arm64"):
-        return Blocks(lanes=4, pixels=(16, 8, 4), channels=8)
-    return None
 
 
 def compiled(blocks: Blocks, cpu: str, features: str) -> llvm.ExecutionEngine:

@@ -1,0 +1,88 @@
+"""Matrix products and 3x3 convolutions by themselves, as contestants."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxunet.bench.flops import layers
+from jaxunet.bench.rounds import Contestant, spread, time_rounds
+from jaxunet.config import Config
+from jaxunet.model.layers import conv3x3
+
+
+def matmul_rate(dtype: str, device: jax.Device, seconds: float = 0.3) -> dict[str, Any]:
+    """Operations a second of square matrix products on one device: what it can do at best.
+
+    The best of several sizes, each the median of rounds of about `seconds`.
+    """
+    sizes = (512, 1024, 2048) if device.platform == "cpu" else (4096, 8192, 16384)
+    best: tuple[float, int] = (0.0, 0)
+    product = jax.jit(jnp.matmul)
+    for size in sizes:
+        key = jax.random.key(0)
+        x = jax.device_put(jax.random.normal(key, (size, size), jnp.dtype(dtype)), device)
+
+        def run(steps: int, x: jax.Array = x) -> None:
+            results = [product(x, x) for _ in range(steps)]
+            jax.block_until_ready(results[-1])
+
+        run(1)
+        times = time_rounds({"product": run}, 5, seconds)["product"]
+        rate = 2 * size**3 / spread(times)["median"]
+        best = max(best, (rate, size))
+    return {"flops_per_second": best[0], "size": best[1], "dtype": dtype}
+
+
+def convolutions(config: Config, batch_size: int) -> dict[tuple[int, ...], list[str]]:
+    """The 3x3 convolutions of the model by shape, with the layers that have it.
+
+    Returns:
+        Layers by (batch, rows, columns, channels in, channels out).
+    """
+    found: dict[tuple[int, ...], list[str]] = {}
+    side = config.data.image_size
+    for name, layer in layers(config.model, side, side).items():
+        if layer.kernel[:2] == (3, 3):
+            shape = (batch_size, layer.rows, layer.columns, *layer.kernel[2:])
+            found.setdefault(shape, []).append(name)
+    return found
+
+
+def random_convolution(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seeded input, kernel and output gradient of a convolution of `shape`, float32."""
+    b, h, w, cin, cout = shape
+    rng = np.random.default_rng(0)
+    shapes = ((b, h, w, cin), (3, 3, cin, cout), (b, h, w, cout))
+    x, kernel, dy = (rng.normal(size=each).astype(np.float32) for each in shapes)
+    return x, kernel, dy
+
+
+def make_products(shape: tuple[int, ...], dtype: str) -> dict[str, Contestant]:
+    """jaxunet's convolution of one shape and its two gradients, each compiled by itself."""
+    x, kernel, dy = (jnp.asarray(a, jnp.dtype(dtype)) for a in random_convolution(shape))
+
+    def input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: conv3x3(x, kernel), x)[1](dy)[0]
+
+    def kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda kernel: conv3x3(x, kernel), kernel)[1](dy)[0]
+
+    def contestant(function: Callable[..., jax.Array], *arguments: jax.Array) -> Contestant:
+        compiled = jax.jit(function)
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                result = compiled(*arguments)
+            result.block_until_ready()
+
+        run(1)
+        return run
+
+    return {
+        "forward": contestant(conv3x3, x, kernel),
+        "input_gradient": contestant(input_gradient, x, kernel, dy),
+        "kernel_gradient": contestant(kernel_gradient, x, kernel, dy),
+    }
