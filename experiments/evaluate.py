@@ -24,9 +24,8 @@ from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.files import check_writable, write_json
-from jaxunet.inference.challenge import evaluate_native, originals
+from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
-from jaxunet.inference.prediction import zip_masks
 from jaxunet.learning.steps import eval_step
 from jaxunet.runs.directory import (
     other_data,
@@ -34,7 +33,13 @@ from jaxunet.runs.directory import (
     recorded_dataset,
     recorded_fingerprint,
 )
-from jaxunet.runs.evaluation import Evaluation, describe_split, evaluate, report
+from jaxunet.runs.evaluation import (
+    Evaluation,
+    check_hosts,
+    describe_split,
+    evaluate,
+    report,
+)
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, load
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
@@ -179,6 +184,7 @@ def main() -> None:
             lambda: prepare(chosen, progress=distributed.is_main(), recorded=recorded),
             "preparing the data",
         )
+        check_hosts(config, data)
         dataset = describe_split(data, split, chosen.image_size)
     difference = distributed.on_main(
         lambda: other_data(run, dataset, chosen), "comparing the data"
