@@ -1,5 +1,6 @@
 """What the scripts share: presets by name, typed options, errors without tracebacks."""
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -200,4 +201,5 @@ def _report(error: BaseException) -> int:
 
 
 def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)  # not on a progress bar
+    with contextlib.suppress(OSError):  # as of a terminal that was closed: nobody reads it
+        tqdm.write(text, file=sys.stderr)  # not on a progress bar

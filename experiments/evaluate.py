@@ -23,10 +23,9 @@ from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.files import check_writable, write_json
-from jaxunet.inference.challenge import evaluate_native, originals
+from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
-from jaxunet.inference.prediction import zip_masks
-from jaxunet.runs.evaluation import Evaluation, describe_split, report
+from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
 from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
 
@@ -162,6 +161,7 @@ def main() -> None:
             lambda: prepare(chosen, progress=distributed.is_main(), recorded=recorded),
             "preparing the data",
         )
+        check_hosts(config, data)
         dataset = describe_split(data, split, chosen.image_size)
     difference = distributed.on_main(
         lambda: other_data(run, dataset, chosen), "comparing the data"

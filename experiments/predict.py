@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ import tyro
 from command_line import parse, run_script
 
 from jaxunet.config import require_at_least
+from jaxunet.data.images import read_image
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
@@ -81,6 +83,7 @@ def main() -> int:
         overlay=arguments.overlay,
         probabilities=arguments.probabilities,
         clean=arguments.clean,
+        read=partial(read_image, max_megapixels=model.config.data.max_megapixels),
         progress=True,
     )
     for _, reason in report.failed:

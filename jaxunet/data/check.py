@@ -116,7 +116,7 @@ def sizes_differ(
     )
 
 
-def report(where: object, problems: list[str]) -> str:
+def report(where: object, problems: list[str], so: str = "nothing was prepared") -> str:
     """One message for all problems found in a dataset, a line each.
 
     Of one kind, the same but for names and numbers, only the first `LISTED` are shown: where
@@ -132,4 +132,4 @@ def report(where: object, problems: list[str]) -> str:
     if left := len(problems) - len(lines):
         lines.append(f"And {left:,} more of the same kind{'s' * (len(kinds) > 1)}.")
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-    return "\n".join([f"{count} found in {where}; nothing was prepared.", *lines])
+    return "\n".join([f"{count} found in {where}; {so}.", *lines])

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -46,12 +47,14 @@ def prepare(
             gone and that dataset is still there, it is opened.
 
     Raises:
-        DataError: the source is missing, or has problems, which are all listed.
+        DataError: the source is missing, or has problems, which are all listed; or there is
+            no folder to prepare datasets in.
     """
+    prepared_dir = _prepared_dir(config)
     recipe = _recipe(config, recorded, progress)
     make_builder = partial(
         recipe.builder,
-        data_dir=config.prepared_dir and config.prepared_dir.expanduser(),
+        data_dir=prepared_dir,
         config=BuildConfig(
             name=f"{recipe.stored_size}-{recipe.fingerprint}",
             stored_size=recipe.stored_size,
@@ -92,6 +95,21 @@ def prepare(
         needs=recipe.needs,
         max_megapixels=config.max_megapixels,
     )
+
+
+def _prepared_dir(config: DataConfig) -> Path | None:
+    """Where to keep prepared datasets; None for TFDS's default, a folder that there is."""
+    # What `~` stands for is not asked by TFDS: for a user without a home, for itself.
+    wanted = config.prepared_dir or Path(os.environ.get("TFDS_DATA_DIR", "~"))
+    try:
+        found = wanted.expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"Prepared datasets are to go below {wanted}, but no such home folder is known. "
+            "Give another place by --data.prepared-dir or the environment variable "
+            "TFDS_DATA_DIR."
+        ) from error
+    return config.prepared_dir and found
 
 
 @dataclass(frozen=True)

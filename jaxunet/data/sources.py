@@ -34,6 +34,9 @@ class Pair:
     binarize: bool = False
     max_megapixels: int = MAX_MEGAPIXELS
 
+    def __str__(self) -> str:
+        return str(self.image)
+
 
 @dataclass
 class SourcePairs:

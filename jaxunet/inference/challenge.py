@@ -4,9 +4,13 @@ The challenge scores masks at each image's own size, with lesion where above 128
 (isic-challenge-scoring 5.6.0), and means each score over images.
 """
 
+import io
 import re
 import sys
+import tempfile
+import zipfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,12 @@ from jaxtyping import Bool, Int
 from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
 from jaxunet.data import isic2018
-from jaxunet.data.check import decode_mask, sizes_differ
+from jaxunet.data.check import LISTED, decode_mask, report, sizes_differ
 from jaxunet.data.images import decoded, read_image
 from jaxunet.data.locate import locate
 from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
+from jaxunet.files import write_atomically
 from jaxunet.inference.prediction import ProbabilitiesFn, predict_each, write_mask
 from jaxunet.learning.metrics import Counts
 from jaxunet.runs.evaluation import describe
@@ -45,7 +50,7 @@ def originals(config: DataConfig, split: str) -> tuple[list[Pair], dict[str, Any
     for remark in source.remarks:
         print(remark, file=sys.stderr)
     if source.problems:
-        raise DataError("\n".join(source.problems))
+        raise DataError(report(config.dir, source.problems, "nothing was scored"))
     if split not in source.splits:
         raise DataError(
             f"{config.dir} holds no split {split!r}, but {', '.join(source.splits)}."
@@ -95,13 +100,15 @@ def evaluate_native(
     """Predict every pair at its own size, write its mask into `out`, and count its pixels.
 
     True masks are read as `prepare` reads them. The mask of a pair is called after its id, by
-    `write_mask`; whatever else `out` holds stays there.
+    `write_mask`; whatever else `out` holds stays there. Masks come there all together at the
+    end: those of a scoring that fails would be taken for its results, or mixed with another's.
 
     Returns:
         [pairs, 4] in the order of `pairs`; see `jaxunet.learning.metrics`.
 
     Raises:
         DataError: a file is damaged, or an image and its mask differ in size.
+        RunError: the model's output is not finite.
     """
 
     def read(pair: Pair) -> np.ndarray:
@@ -114,51 +121,91 @@ def evaluate_native(
         size, mask_size = (mask.shape[0], mask.shape[1]), (truth.shape[0], truth.shape[1])
         if problem := sizes_differ(pair, pair.image.read, size, mask_size):
             raise DataError(problem)
-        write_mask(out, pair.id, mask)
+        write_mask(Path(unfinished), pair.id, mask)
         return count(mask > LESION_ABOVE, truth > LESION_ABOVE)
 
-    results = predict_each(
-        probabilities_fn,
-        pairs,
-        read,
-        finish,
-        image_size=image_size,
-        threshold=threshold,
-        batch_size=batch_size,
-    )
     counts = []
-    for _, result in Bar("native", len(pairs), results, leave=True, show=progress):
-        if isinstance(result, DataError):
-            raise result
-        counts.append(result)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as unfinished:
+        predicted = predict_each(
+            probabilities_fn,
+            pairs,
+            read,
+            finish,
+            image_size=image_size,
+            threshold=threshold,
+            batch_size=batch_size,
+        )
+        with closing(predicted) as results:  # threads may be writing
+            for _, result in Bar("native", len(pairs), results, leave=True, show=progress):
+                if isinstance(result, DataError):
+                    raise result
+                counts.append(result)
+        for mask in Path(unfinished).iterdir():
+            mask.replace(out / mask.name)
     return np.stack(counts)
 
 
 def score_folders(truth: Path, predictions: Path) -> tuple[list[str], Counts]:
     """Ids and counts of a folder of predicted masks against a folder of true ones.
 
-    Masks are matched by `ISIC_` and seven digits, as the challenge does.
+    Masks are matched by `ISIC_` and seven digits, as the challenge does. Predictions without a
+    truth are not scored, and named on stderr.
 
     Raises:
-        DataError: a truth has no prediction or several, or sizes differ.
+        DataError: a folder can't be read, two truths have one id, a truth has no prediction or
+            several, or sizes differ.
     """
-    found: dict[str, list[Path]] = {}
-    for path in predictions.iterdir():
-        if match := re.search(r"ISIC_\d{7}", path.stem):
-            found.setdefault(match.group(), []).append(path)
-    ids, counts = [], []
-    for path in sorted(truth.glob("*.png")):
-        match = re.search(r"ISIC_\d{7}", path.stem)
-        candidates = found.get(match.group(), []) if match else []
-        if match is None or len(candidates) != 1:
+    truths, found = _by_id(truth, "*.png"), _by_id(predictions, "*")
+    if not truths:
+        raise DataError(f"{truth} holds no masks (*.png).")
+    if beside := [
+        str(path) for key in sorted(found.keys() - truths.keys()) for path in found[key]
+    ]:
+        more = f" and {len(beside) - LISTED:,} more" if len(beside) > LISTED else ""
+        print(f"not scored, no truth: {', '.join(beside[:LISTED])}{more}", file=sys.stderr)
+    counts = []
+    for key, paths in truths.items():
+        if len(paths) > 1:
+            raise DataError(f"{' and '.join(map(str, paths))} are truths of one id, {key}.")
+        [path], candidates = paths, found.get(key, [])
+        if len(candidates) != 1:
             raise DataError(
                 f"{path} has {len(candidates)} matching predictions in {predictions}, not one."
             )
         true, predicted = read_truth(path), read_truth(candidates[0])
         if true.shape != predicted.shape:
             raise DataError(f"{candidates[0]} has another size than {path}.")
-        ids.append(match.group())
         counts.append(count(predicted, true))
-    if not ids:
-        raise DataError(f"{truth} holds no masks (*.png).")
-    return ids, np.stack(counts)
+    return list(truths), np.stack(counts)
+
+
+def _by_id(folder: Path, pattern: str) -> dict[str, list[Path]]:
+    """The files of a folder by the challenge's id in their names, or else their own, sorted."""
+    try:
+        files = sorted(p for p in folder.iterdir() if p.match(pattern) and p.is_file())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}.") from error
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        match = re.search(r"ISIC_\d{7}", path.stem)
+        found.setdefault(match.group() if match else str(path), []).append(path)
+    return found
+
+
+def zip_masks(masks: Sequence[Path], path: Path) -> None:
+    """Pack `masks` into a flat zip, as the challenge takes them.
+
+    The same masks give the same zip, bit for bit, whenever they were written.
+
+    Raises:
+        DataError: there is no mask.
+    """
+    if not masks:
+        raise DataError(f"There is no mask to pack into {path}.")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for mask in sorted(masks):
+            # Dated 1980, the first that a zip can say.
+            archive.writestr(zipfile.ZipInfo(mask.name), mask.read_bytes())
+    write_atomically(path, buffer.getvalue())

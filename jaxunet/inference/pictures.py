@@ -1,12 +1,15 @@
 """Which pictures of files and folders are predicted, and where their masks go."""
 
 import os
-from collections.abc import Iterator
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxunet.data.listing import image_suffixes
 from jaxunet.errors import DataError
+from jaxunet.files import check_writable
 
 MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX = "_segmentation", "_overlay", "_probability"
 NO_INPUTS = (MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, "_Segmentation", "_superpixels")
@@ -19,6 +22,9 @@ class Picture:
 
     source: Path
     folder: Path
+
+    def __str__(self) -> str:
+        return str(self.source)
 
     def result(self, suffix: str) -> Path:
         """The file for this picture's result of the kind `suffix`."""
@@ -42,7 +48,8 @@ def plan(
     """Resolve files and folders into pictures, with a folder under `out` for each mask.
 
     A file is taken as it is, whatever its name; of a folder, the files whose extension is
-    that of an image, sorted by name. A file that is named twice is taken once.
+    that of an image, sorted by name. A file that is named twice is taken once; links to it
+    that have other names are pictures of their own.
 
     Args:
         suffixes: of the kinds of results that will be written.
@@ -52,6 +59,8 @@ def plan(
     Raises:
         DataError: a folder holds no image or can't be read, two pictures would be written to
             one file, or a result would replace an input.
+        RunError: two results' names differ in case or in Unicode's form alone, and `out`,
+            in which that is tried out, can't be written to.
     """
     found = Plan([], [], [])
     for entry in inputs:
@@ -72,11 +81,9 @@ def plan(
                 f"count); looked for {' '.join(sorted(image_suffixes()))}"
                 + (", in folders below it too." if recursive else ", not in folders below it.")
             )
-    unique: dict[Path, Picture] = {}
-    for picture in found.pictures:
-        unique.setdefault(picture.source.resolve(), picture)
-    pictures = list(unique.values())
+    pictures = list(_once(found.pictures))
     _check_results(pictures, suffixes)
+    _check_names(pictures, out)
     return Plan(pictures, found.results, found.others)
 
 
@@ -95,6 +102,50 @@ def _files(folder: Path, recursive: bool) -> Iterator[Path]:
         below = [name for name in sorted(folders) if not name.startswith(".")]
         # A link may lead back to where the walk has been.
         folders[:] = [n for n in below if recursive and Path(top, n).resolve() not in seen]
+
+
+def _once(pictures: Iterable[Picture]) -> Iterator[Picture]:
+    """Each file once, and of links to one file those that lead to different masks."""
+    seen: set[object] = set()
+    for picture in pictures:
+        source = picture.source
+        file = source.parent.resolve() / source.name
+        mask = (source.resolve(), picture.result(MASK_SUFFIX))
+        if file not in seen and mask not in seen:
+            yield picture
+        seen |= {file, mask}
+
+
+def _check_names(pictures: list[Picture], out: Path) -> None:
+    """Refuse masks whose names are one and the same to the file system of `out`.
+
+    Some ignore case, or whether an accent is a character of its own, and some don't.
+    """
+    alike: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        mask = str(picture.result(MASK_SUFFIX).relative_to(out))
+        alike.setdefault(unicodedata.normalize("NFC", mask.casefold()), []).append(picture)
+    for group in alike.values():
+        masks = [picture.result(MASK_SUFFIX).relative_to(out) for picture in group]
+        if len(group) > 1 and not _are_files_of_their_own(masks, out):
+            raise DataError(
+                f"{' and '.join(map(str, group))} would be written to the same file, as names "
+                f"that differ in case or in the form of their accents alone are the same in "
+                f"{out}. Rename them, or use an output folder for each."
+            )
+
+
+def _are_files_of_their_own(names: list[Path], out: Path) -> bool:
+    check_writable(out)
+    with tempfile.TemporaryDirectory(prefix=".jaxunet-", dir=out) as trial:
+        try:
+            for name in names:
+                path = Path(trial) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
 
 
 def _check_results(pictures: list[Picture], suffixes: tuple[str, ...]) -> None:

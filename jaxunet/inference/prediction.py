@@ -6,10 +6,8 @@ displayed, not of the pixels as stored.
 """
 
 import errno
-import io
-import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from PIL import Image
 
 from jaxunet.bars import Bar
 from jaxunet.data.images import encode_png, read_image, resize_image
-from jaxunet.errors import DataError
+from jaxunet.errors import DataError, RunError
 from jaxunet.files import write_atomically
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, Picture
 from jaxunet.runs.figures import overlay as draw_overlay
@@ -57,10 +55,14 @@ def predict_image(
     image_size: int,
     threshold: float,
 ) -> UInt8[np.ndarray, "height width"]:
-    """Mask of one picture at its own size: 255 where the probability exceeds `threshold`."""
+    """Mask of one picture at its own size: 255 where the probability exceeds `threshold`.
+
+    Raises:
+        RunError: a probability is not finite.
+    """
     height, width, _ = image.shape
     small = resize_image(image, image_size, image_size)[np.newaxis]
-    probabilities = _probabilities(probabilities_fn, small)
+    probabilities = _probabilities(probabilities_fn, small, ["the picture"])
     return mask_at_size(probabilities[0, :, :, 0], height, width, threshold)
 
 
@@ -149,6 +151,7 @@ def predict_files(
 
     Raises:
         OSError: the disk is full.
+        RunError: a probability is not finite.
     """
     report = PredictionReport()
 
@@ -201,13 +204,14 @@ def predict_each(
     threshold: float,
     batch_size: int,
     at_size: Callable[[np.ndarray, int, int, float], Any] = mask_at_size,
-) -> Iterator[tuple[Item, Result | DataError]]:
+) -> Generator[tuple[Item, Result | DataError], None, None]:
     """Predict many pictures, several in flight, in bounded memory.
 
     Threads read ahead and finish behind while the model computes. The last batch is filled
     up with black images, so that the model is compiled once.
 
     Args:
+        items: called in errors what `str` makes of them.
         read: an item's picture, uint8 `[height, width, 3]`.
         finish: called in a thread with the item and what `at_size` gave for it.
         at_size: called in the same thread with an item's probabilities as the model gave
@@ -218,6 +222,9 @@ def predict_each(
         Each item once, in order, with what `finish` returned; an item whose `read` raised a
         `DataError` comes with that error, as soon as it is met, and one whose `finish` did
         in its turn.
+
+    Raises:
+        RunError: a probability is not finite.
     """
     finishing: deque[tuple[Item, Future[Result]]] = deque()
 
@@ -243,7 +250,8 @@ def predict_each(
         def predict() -> Iterator[tuple[Item, Result | DataError]]:
             stacked = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
             stacked[: len(batch)] = [small.pixels for _, small in batch]
-            probabilities = _probabilities(probabilities_fn, stacked)[..., 0]
+            names = [str(item) for item, _ in batch]
+            probabilities = _probabilities(probabilities_fn, stacked, names)[..., 0]
             yield from finished()  # of the batch before, which went on meanwhile
             for (item, small), map_ in zip(batch, probabilities, strict=False):
                 finishing.append((item, pool.submit(complete, item, small, map_)))
@@ -265,24 +273,6 @@ def write_mask(out: Path, name: str, mask: UInt8[np.ndarray, "height width"]) ->
     """Write `<name>_segmentation.png` into `out`, atomically."""
     write_atomically(path := out / f"{name}{MASK_SUFFIX}.png", encode_png(mask))
     return path
-
-
-def zip_masks(masks: Sequence[Path], path: Path) -> None:
-    """Pack `masks` into a flat zip, as the challenge takes them.
-
-    The same masks give the same zip, bit for bit, whenever they were written.
-
-    Raises:
-        DataError: there is no mask.
-    """
-    if not masks:
-        raise DataError(f"There is no mask to pack into {path}.")
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for mask in sorted(masks):
-            # Dated 1980, the first that a zip can say.
-            archive.writestr(zipfile.ZipInfo(mask.name), mask.read_bytes())
-    write_atomically(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -309,12 +299,21 @@ def _read_ahead(
     yield from pending
 
 
-def _probabilities(probabilities_fn: ProbabilitiesFn, images: np.ndarray) -> np.ndarray:
-    """What the model gives, checked, as float32 on the host."""
+def _probabilities(
+    probabilities_fn: ProbabilitiesFn, images: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """What the model gives, checked, as float32; `names` are of the images that count."""
     probabilities = np.asarray(probabilities_fn(images), dtype=np.float32)
     if probabilities.shape != (*images.shape[:3], 1):
         raise ValueError(
             f"probabilities_fn gave the shape {probabilities.shape} for images of shape "
             f"{images.shape}, but must give {(*images.shape[:3], 1)}."
         )
+    for name, each in zip(names, probabilities, strict=False):
+        if not np.isfinite(each).all():
+            raise RunError(
+                f"What the model makes of {name} is not finite, and no mask: its weights are, "
+                "but too large for their type, or for model.dtype. Take another checkpoint, or "
+                "train anew with a smaller optimizer.learning_rate."
+            )
     return probabilities

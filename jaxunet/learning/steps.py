@@ -232,8 +232,12 @@ def eval_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, A
 def predict_step(
     recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
 ) -> Float[Array, "batch height width 1"]:
-    """Probability of lesion for each pixel of each image of the shard."""
-    return jax.nn.sigmoid(_logits_at_input_size(recipe, variables, images))
+    """Probability of lesion for each pixel of each image of the shard.
+
+    NaN for a logit that is not finite: an overflow says nothing of the pixel.
+    """
+    logits = _logits_at_input_size(recipe, variables, images)
+    return jnp.where(jnp.isfinite(logits), jax.nn.sigmoid(logits), jnp.nan)
 
 
 def _logits_at_input_size(

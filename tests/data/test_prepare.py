@@ -214,3 +214,24 @@ def test_a_damaged_dataset_is_noticed(own: DataConfig) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(DataError, match="is damaged"):
         quiet(own)
+
+
+@pytest.mark.parametrize(
+    ("place", "variable"), [(None, None), (None, "~/data"), (Path("~/data"), "/elsewhere")]
+)
+def test_a_user_without_a_home_is_asked_where_to_prepare_before_anything_is_done(
+    place, variable, tmp_path, monkeypatch
+):
+    """TFDS would make a folder called `~` in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    if variable:
+        monkeypatch.setenv("TFDS_DATA_DIR", variable)
+    config = DataConfig(synthetic_train=1, image_size=16, prepared_dir=place)
+    with (
+        mock.patch("pwd.getpwuid", side_effect=KeyError),
+        pytest.raises(DataError, match=r"below ~\S*, but no .*--data.prepared-dir .*TFDS_DATA"),
+    ):
+        prepare(config, progress=False)
+    assert not list(tmp_path.iterdir())

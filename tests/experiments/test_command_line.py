@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from PIL import Image
 from jaxunet.config import Config, DataConfig, ModelConfig
 from jaxunet.config_json import to_dict
 from jaxunet.devices.startup import use_compilation_cache
-from jaxunet.errors import ConfigError
+from jaxunet.errors import ConfigError, Stopped
 
 ALL = sorted(
     path.name for path in SCRIPTS.glob("*.py") if "run_script(main)" in path.read_text()
@@ -210,3 +211,14 @@ def test_the_gpu_programmes_parts_find_their_folders_from_where_they_run(
     [reproduction] = [part.command for part in made if part.name == "reproduction"]
     assert str(tmp_path / "isic") in reproduction
     assert all(str(tmp_path / "results") in p.command for p in made if p.name != "tests")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_stderr_that_is_gone_changes_no_exit_status(scripts, number):
+    from command_line import run_script
+
+    gone = mock.Mock(wraps=io.StringIO(), **{"write.side_effect": OSError(errno.EIO, "gone")})
+    with mock.patch("sys.stderr", gone), pytest.raises(SystemExit) as stop:
+        run_script(mock.Mock(side_effect=Stopped("Stopped after step 3.", number)))
+    assert gone.write.called
+    assert stop.value.code == 128 + number

@@ -16,6 +16,7 @@ from small_data import encoded, half_mask, picture, write_files
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.devices.strategies import make_strategy
+from jaxunet.errors import RunError
 from jaxunet.runs.loading import compile_probabilities, load
 from jaxunet.runs.training import train
 
@@ -219,3 +220,34 @@ def test_a_run_that_cannot_be_written_to_is_said_first_and_scored_elsewhere(worl
     evaluate(world, "--split", "test", f"--out={world}/scores")
     assert written(world / "scores", "test")["dataset"]["count"] == 3
     assert not list((world / "run").glob("evaluation-*"))
+
+
+def test_of_several_processes_each_says_what_it_scores_and_with_what(world, monkeypatch):
+    said = {}
+
+    def differ(here, ignore):
+        said.update(here, ignore=ignore)
+        raise RunError("Process 1 has other data.")
+
+    monkeypatch.setattr("jaxunet.devices.distributed.initialize", lambda: None)
+    monkeypatch.setattr("jaxunet.runs.evaluation.same_everywhere", differ)
+    output = evaluate(world, "--distributed", "--split", "test", expect=1)
+    assert "error: Process 1 has other data." in output
+    own = json.loads((world / "run" / "config.json").read_text())["dataset"]
+    assert said["data"]["fingerprint"] == own["fingerprint"]
+    assert said["config"]["model"]["width"] == 2
+    assert not list((world / "run").glob("evaluation-*"))
+
+
+def test_pictures_are_predicted_up_to_the_runs_own_limit(world):
+    path = world / "run" / "config.json"
+    record = json.loads(path.read_text())
+    write_files(world / "large", {"a.png": encoded(picture(0, 1200, 1000))})
+    words = ["predict.py", world / "run", world / "large", "--out", world / "masks"]
+    for limit, status in ((1, 1), (2, 0)):
+        record["config"]["data"]["max_megapixels"] = limit
+        path.write_text(json.dumps(record))
+        found, output = run(words)
+        assert found == status, output
+        assert ("1,200,000 pixels; the limit is 1,000,000" in output) == bool(status)
+    assert (world / "masks" / "a_segmentation.png").exists()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import zipfile
@@ -16,15 +17,15 @@ from PIL import Image
 
 from jaxunet.config import DataConfig
 from jaxunet.data import prepare
-from jaxunet.errors import DataError
+from jaxunet.errors import DataError, RunError
 from jaxunet.inference.challenge import (
     count,
     evaluate_native,
     originals,
     read_truth,
     score_folders,
+    zip_masks,
 )
-from jaxunet.inference.prediction import zip_masks
 from jaxunet.learning.metrics import per_image, scores
 
 GOLDEN = Path(__file__).parent / "golden" / "isic_challenge_scoring.json"
@@ -112,6 +113,39 @@ def test_a_missing_prediction_is_named(folders, tmp_path):
     (tmp_path / "p" / "ISIC_0000003_segmentation.png").unlink()
     with pytest.raises(DataError, match=r"ISIC_0000003.*has 0 matching"):
         score_folders(truth, tmp_path / "p")
+
+
+def test_predictions_beside_the_truths_are_named_and_truths_of_one_id_refused(
+    folders, tmp_path, capsys
+):
+    truth, prediction = folders
+    shutil.copytree(truth, tmp_path / "t")
+    _, expected = score_folders(truth, prediction)
+    assert capsys.readouterr().err == ""
+    for number in (3, 5):
+        (tmp_path / "t" / f"ISIC_000000{number}_segmentation.png").unlink()
+    ids, counts = score_folders(tmp_path / "t", prediction)
+    kept = [number for number in range(len(expected)) if number not in (3, 5)]
+    np.testing.assert_array_equal(counts, expected[kept])
+    assert len(ids) == len(kept)
+    names = [prediction / f"ISIC_000000{number}_segmentation.png" for number in (3, 5)]
+    assert capsys.readouterr().err == f"not scored, no truth: {names[0]}, {names[1]}\n"
+
+    copy = shutil.copy(
+        truth / "ISIC_0000000_segmentation.png", tmp_path / "t" / "ISIC_0000000.png"
+    )
+    with pytest.raises(
+        DataError, match=rf"{copy} and .*_segmentation.png are truths of one id"
+    ):
+        score_folders(tmp_path / "t", prediction)
+    shutil.move(copy, tmp_path / "t" / "another.png")
+    with pytest.raises(DataError, match=r"another.png has 0 matching"):
+        score_folders(tmp_path / "t", prediction)
+    for here, there in ((truth, tmp_path / "none"), (tmp_path / "none", prediction)):
+        with pytest.raises(
+            DataError, match=r"none cannot be read: No such file or directory\.$"
+        ):
+            score_folders(here, there)
 
 
 def bright(images):
@@ -238,3 +272,36 @@ def test_native_scoring_has_the_limits_of_preparing(tmp_path):
     Image.open(path).save(path, exif=exif.tobytes())
     with pytest.raises(DataError, match="is 16 x 24 once it is turned upright as its EXIF"):
         evaluate_native(bright, pairs, tmp_path / "out", **settings)
+
+
+def test_a_scoring_that_fails_leaves_no_masks_and_those_of_before(tmp_path):
+    config = own_pairs(tmp_path, masks=lambda mask: mask)
+    pairs, _ = originals(config, "train")
+    damaged = config.dir / "images" / f"{pairs[-1].id}.png"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    (tmp_path / "out").mkdir()
+    before = tmp_path / "out" / f"{pairs[0].id}_segmentation.png"
+    before.write_bytes(b"of another scoring")
+    for model, error in (
+        (bright, DataError),
+        (lambda images: bright(images) * np.nan, RunError),
+    ):
+        with pytest.raises(error, match=r"cannot be decoded|is not finite"):
+            evaluate_native(
+                model, pairs, tmp_path / "out", image_size=16, threshold=0.5, batch_size=1
+            )
+        assert list((tmp_path / "out").iterdir()) == [before]
+        assert before.read_bytes() == b"of another scoring"
+
+
+def test_many_problems_of_the_originals_are_counted_and_not_all_listed(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number in range(60):
+        Image.new("L", (2, 2)).save(tmp_path / "images" / f"{number}.png")
+    with pytest.raises(DataError) as refusal:
+        originals(DataConfig(name="folder", dir=tmp_path), "train")
+    first, *listed, last = str(refusal.value).splitlines()
+    assert re.fullmatch(rf"\d+ problems found in {tmp_path}; nothing was scored\.", first)
+    assert 50 <= len(listed) < 55
+    assert re.fullmatch(r"And \d+ more of the same kinds?\.", last)

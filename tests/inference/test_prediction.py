@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxunet.errors import DataError
+from jaxunet.errors import DataError, RunError
+from jaxunet.inference.challenge import zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import (
     clean_up,
@@ -19,7 +20,6 @@ from jaxunet.inference.prediction import (
     predict_files,
     predict_image,
     probabilities_at_size,
-    zip_masks,
 )
 
 NAME_MAX = 255  # bytes of a file name on Linux and macOS
@@ -105,6 +105,23 @@ def test_probabilities_are_interpolated_between_pixel_centres():
 def test_probabilities_of_the_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 12, 16, 1\).*\(1, 16, 16, 3\)"):
         predict_image(lambda x: red(x)[:, 2:-2], left_half(8, 8), image_size=16, threshold=0.5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_probability_that_is_not_finite_is_an_error_that_names_the_picture(value, tmp_path):
+    """An empty mask, as a comparison with NaN would give, says that there is no lesion."""
+
+    def overflows(images):
+        found = red(images)
+        found[found[:, 8, 0, 0] > 0.9, 0, 0] = value
+        return found
+
+    save(tmp_path / "in" / "good.png", left_half(8, 8, (200, 0, 0)))
+    bright = save(tmp_path / "in" / "second.png", left_half(8, 8))
+    with pytest.raises(RunError, match=r"makes of the picture is not finite"):
+        predict_image(overflows, left_half(8, 8), image_size=16, threshold=0.5)
+    with pytest.raises(RunError, match=re.escape(f"makes of {bright} is not finite")):
+        predict(overflows, [tmp_path / "in"], tmp_path / "out")
 
 
 def test_clean_up_fills_holes_and_keeps_the_largest_component():
@@ -389,7 +406,8 @@ def test_zip_holds_the_masks_given_and_is_the_same_whenever_they_were_written(tm
         zip_masks([], tmp_path / "x.zip")
 
 
-def test_progress_reaches_the_number_of_inputs(tmp_path, capsys):
+def test_progress_reaches_the_number_of_inputs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxunet.bars.on_terminal", lambda: True)
     good = save(tmp_path / "a.png", left_half(8, 8))
     bad = tmp_path / "b.txt"
     bad.write_text("words")
