@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_experiments import run as run_script
+from scripts import run as run_script
 
 from jaxunet.bench import products, rounds, steps
 from jaxunet.bench.flops import forward_flops, layers, train_flops

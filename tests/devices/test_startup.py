@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_experiments import SMALL
-from test_experiments import run as run_script
+from scripts import SMALL
+from scripts import run as run_script
 
 from jaxunet.devices import environment, startup
 

@@ -14,7 +14,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from test_experiments import SMALL, command, environment, run
+from scripts import SMALL, command, environment, run
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import jax
 import numpy as np
 import pytest
-from test_experiments import run as run_script
+from scripts import run as run_script
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare

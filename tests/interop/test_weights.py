@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from pytorch_designs import MilesialUNet, ReferenceUNet, arrays, enliven
-from test_experiments import run as run_script
+from scripts import run as run_script
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
