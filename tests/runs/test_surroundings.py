@@ -23,18 +23,19 @@ from jaxunet.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    to_dict,
 )
+from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.runs import training
-from jaxunet.runs.directory import read_metrics
 from jaxunet.runs.loading import load
+from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import train
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from jaxunet.config import from_dict, Config
+from jaxunet.config import Config
+from jaxunet.config_json import from_dict
 from jaxunet.data import prepare
 from jaxunet.devices.startup import start
 from jaxunet.runs import training
