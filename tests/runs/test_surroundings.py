@@ -81,8 +81,10 @@ def config(tmp_path_factory) -> Config:
             synthetic_validation=8,
         ),
         model=ModelConfig(width=2, depth=2),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        train=TrainConfig(epochs=1, batch_size=8, eval_batch_size=8, log_every=1),
+        optimizer=OptimizerConfig(name="sgd", learning_rate=1e-2),
+        train=TrainConfig(
+            epochs=1, batch_size=8, eval_batch_size=8, log_every=1, augment="none"
+        ),
     )
 
 
