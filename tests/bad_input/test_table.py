@@ -41,7 +41,9 @@ def test_bad_input(
         if status == 1:
             assert message.startswith("error: "), message
             assert "\n\n" not in message
-        new = {name for name in after.keys() - before.keys() if Path(name).name != ".lock"}
+        new = {
+            name for name in after.keys() - before.keys() if Path(name).name != ".jaxunet-lock"
+        }
         assert not {name for name in new if name.split("/")[0] != row.outcome.leaves}
         record_property("outcome", "refused")
         record_property("message", textwrap.shorten(paragraph, 200))
