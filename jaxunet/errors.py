@@ -17,6 +17,10 @@ class DataError(JaxUNetError, ValueError):
     """The data on disk is missing, broken or not what the configuration says."""
 
 
+class SourceGone(DataError):
+    """Nothing of a dataset's source files is where they should be."""
+
+
 class RunError(JaxUNetError, RuntimeError):
     """A run directory or checkpoint cannot be used as asked, or a run had to stop."""
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxunet.config import DataConfig
 from jaxunet.data.builder import PairsBuilder
 from jaxunet.data.listing import is_image_name
-from jaxunet.data.sources import MASK_SUFFIX, Pair, SourceGone, SourcePairs
-from jaxunet.errors import DataError
+from jaxunet.data.sources import MASK_SUFFIX, Pair, SourcePairs
+from jaxunet.errors import DataError, SourceGone
 
 IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "labels", "label", "gt", "groundtruth", "annotations", "annotation")

@@ -9,8 +9,8 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 
 from jaxunet.data.builder import PairsBuilder
 from jaxunet.data.listing import UNFINISHED
-from jaxunet.data.sources import SourceGone, SourcePairs
-from jaxunet.errors import DataError
+from jaxunet.data.sources import SourcePairs
+from jaxunet.errors import DataError, SourceGone
 
 URL = "https://isic-challenge-data.s3.amazonaws.com/2018/"
 NAMES = {

@@ -25,8 +25,8 @@ from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
 from jaxunet.data.check import check_pair
 from jaxunet.data.locate import locate
 from jaxunet.data.prepared import Prepared, Size, check_complete
-from jaxunet.data.sources import Pair, SourceGone, SourcePairs, same_contents
-from jaxunet.errors import DataError
+from jaxunet.data.sources import Pair, SourcePairs, same_contents
+from jaxunet.errors import DataError, SourceGone
 
 
 def prepare(

@@ -20,10 +20,6 @@ MASK_SUFFIX = re.compile(r"_(segmentation|mask|lesion|label|gt)$", re.IGNORECASE
 """What the name of a mask usually adds to the name of its image."""
 
 
-class SourceGone(DataError):
-    """Nothing of a dataset's source files is where they should be."""
-
-
 @dataclass(frozen=True)
 class Pair:
     """An image and its mask, and how they are to be read: see `DataConfig`."""

@@ -137,6 +137,7 @@ def test_a_step_is_compiled_timed_and_counted(mode, cache):
 
 
 def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes the first time
     options = ("--model.width", 4, "--model.depth", 2, "--rounds", 2, "--seconds", 0.01)
     options += ("--data.image-size", 16, "--data.prepared-dir", tmp_path / "data")
     options += ("--out", tmp_path)
