@@ -159,10 +159,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-def _unwritten() -> OSError | None:
-    """Why stdout takes no more of what was printed; None if all is well."""
+def _unwritten(more: str = "") -> OSError | None:
+    """Why stdout takes no more of what was printed, and `more`; None if all is well."""
     try:
-        print(end="", flush=True)
+        print(end=more, flush=True)
     except OSError as error:
         return error
     return None
@@ -178,7 +178,8 @@ def _at_output(error: OSError) -> int:
 
 def _report(error: BaseException) -> int:
     """Say what went wrong; the exit status. Raises what is nobody's mistake but ours."""
-    unwritten = _unwritten() if isinstance(error, OSError) else None
+    # What failed in a print may be gone from the buffer, so something is tried.
+    unwritten = _unwritten("\n") if isinstance(error, OSError) else None
     no_space = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in no_space and unwritten is None:
         where = f" for {error.filename}" if error.filename else ""

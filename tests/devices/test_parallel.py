@@ -37,13 +37,13 @@ def batches(count: int, padded_last: int = 3):
     rng = np.random.default_rng(0)
     made = []
     for i in range(count):
-        weight = np.ones(8, np.uint8)
+        weight = np.ones(16, np.uint8)
         if i == count - 1:
-            weight[8 - padded_last :] = 0
+            weight[16 - padded_last :] = 0
         made.append(
             {
-                "image": rng.integers(0, 256, (8, 8, 8, 3), np.uint8),
-                "mask": rng.integers(0, 2, (8, 8, 8, 1), np.uint8) * 255,
+                "image": rng.integers(0, 256, (16, 8, 8, 3), np.uint8),
+                "mask": rng.integers(0, 2, (16, 8, 8, 1), np.uint8) * 255,
                 "weight": weight,
             }
         )
@@ -92,7 +92,7 @@ def test_devices_and_strategy_change_no_number(parallel, devices, alone):
     ):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(found["eval"]["loss"], expected["eval"]["loss"], rtol=1e-4)
-    assert found["eval"]["counts"].shape == (8, 4)
+    assert found["eval"]["counts"].shape == (16, 4)
     assert np.abs(found["eval"]["counts"] - expected["eval"]["counts"]).max() <= 1
     np.testing.assert_allclose(
         found["probabilities"], expected["probabilities"], rtol=1e-3, atol=1e-4
@@ -130,7 +130,7 @@ def test_no_hidden_transfer_happens_in_a_step(parallel):
 def test_padding_changes_neither_loss_nor_update():
     """A batch of 5 real and 3 padding examples is one of 5 and 1, each in two parts."""
     recipe = make_recipe(CONFIG, total_steps=6)
-    full = batches(1)[0]
+    full = {name: array[-8:] for name, array in batches(1)[0].items()}
     one = make_strategy("jit", jax.devices()[:1])
     garbage = {**full, "image": full["image"].copy()}
     garbage["image"][5:] = 77

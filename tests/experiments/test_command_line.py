@@ -204,10 +204,10 @@ def test_the_gpu_programmes_parts_find_their_folders_from_where_they_run(
     scripts, monkeypatch, tmp_path
 ):
     monkeypatch.delitem(sys.modules, "gpu_programme", raising=False)
-    from gpu_programme import Arguments, parts
+    from gpu_programme import Arguments, parts, resolved
 
     monkeypatch.chdir(tmp_path)
-    made = parts(Arguments(data_dir=Path("isic"), out=Path("results")))
+    made = parts(resolved(Arguments(data_dir=Path("isic"), out=Path("results"))))
     [reproduction] = [part.command for part in made if part.name == "reproduction"]
     assert str(tmp_path / "isic") in reproduction
     assert all(str(tmp_path / "results") in p.command for p in made if p.name != "tests")

@@ -4,15 +4,14 @@ import dataclasses
 import json
 import shutil
 import sys
-import tempfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from bad_input.ground import SCRIPTS, run
 from small_data import encoded, half_mask, picture, write_files
 
+from jaxunet import files
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.devices.strategies import make_strategy
@@ -126,7 +125,7 @@ def test_own_data_that_changed_are_refused_unless_they_are_given(world):
     before = written(world / "run", "test")
     write_pairs(world / "own" / "test", [13])
     output = evaluate(world, "--split", "test", expect=1)
-    assert "error: The run was made from folder, fingerprint" in output
+    assert "run, which was trained on folder from" in output
     assert before["dataset"]["fingerprint"] in output
     assert "--data.dir" in output
     assert written(world / "run", "test") == before
@@ -204,18 +203,18 @@ def test_a_zip_holds_the_masks_of_this_scoring_alone(world):
 
 
 def test_a_run_that_cannot_be_written_to_is_said_first_and_scored_elsewhere(world, monkeypatch):
-    real = tempfile.TemporaryFile
+    real = files.write_atomically
 
-    def read_only(*args, dir=None, **options):
-        if dir is not None and Path(dir) == world / "run":
+    def read_only(path, contents):
+        if path.parent == world / "run":
             raise OSError(30, "Read-only file system")
-        return real(*args, dir=dir, **options)
+        real(path, contents)
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(files, "write_atomically", read_only)
     shutil.rmtree(world / "prepared")
     output = evaluate(world, "--split", "test", expect=1)
     assert f"error: RUN {world}/run cannot be written to: Read-only file system." in output
-    assert "Give --out" in output
+    assert "choose another place" in output
     assert not (world / "prepared").exists()  # nothing was done before
     evaluate(world, "--split", "test", f"--out={world}/scores")
     assert written(world / "scores", "test")["dataset"]["count"] == 3
