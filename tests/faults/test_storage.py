@@ -207,7 +207,8 @@ def test_a_save_that_fails_for_want_of_inodes_says_so_and_ends_at_once(tmp_path)
     )
     words = [sys.executable, "-c", script, str(tmp_path / "disk" / "checkpoints")]
     start = time.monotonic()
-    with mock.patch.dict("os.environ", PYTHONPATH=":".join(sys.path)):
+    beside = str(Path(__file__).parents[1] / "runs")
+    with mock.patch.dict("os.environ", PYTHONPATH=":".join([beside, *sys.path])):
         [(status, output)] = on_a_small_disk("9m,nr_inodes=6", tmp_path / "disk", words)
     assert status == 1
     assert re.search("refused: A checkpoint could not be .*: No inodes left", output), output
