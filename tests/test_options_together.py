@@ -1,6 +1,6 @@
 """Every two options meet in one of some runs (`options_table`).
 
-All of them take a quarter of an hour: `JAXUNET_ALL_OPTIONS=1 python -m pytest` on this file. The
+All of them take a quarter of an hour (`JAXUNET_ALL_OPTIONS=1`, and pytest on this file). The
 suite has every eighth.
 """
 

@@ -38,7 +38,7 @@ def config(tmp_path_factory) -> Config:
             synthetic_validation=9,
         ),
         model=ModelConfig(width=4, depth=2, init="he", norm="batch"),
-        optimizer=OptimizerConfig(learning_rate=1e-2, ema_decay=0.9, accumulate_steps=2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, ema_decay=0.9),
         train=TrainConfig(
             epochs=EPOCHS, batch_size=8, eval_batch_size=8, log_every=1, checkpoint_every=2
         ),
@@ -165,7 +165,7 @@ def test_the_clock_goes_on_where_a_stopped_run_left_it(config, data, tmp_path, m
     def restart():
         ticks = map(float, itertools.count())
         clock = SimpleNamespace(perf_counter=ticks.__next__)
-        monkeypatch.setattr("jaxunet.runs.training.time", clock)
+        monkeypatch.setattr("jaxunet.runs.journal.time", clock)
 
     restart()
     train_until(4, config, data, tmp_path / "run")
