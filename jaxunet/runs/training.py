@@ -136,7 +136,8 @@ class Trainer:
     def _train(self, journal: Journal, stop_vote: StopVote) -> Evaluation:
         evaluation: Evaluation | None = None
         # Without compilation every constant of a step is a transfer of its own.
-        guard = "allow" if jax.config.jax_disable_jit else "disallow"
+        settings: Any = jax.config
+        guard = "allow" if settings.jax_disable_jit else "disallow"
         while (epoch := self.position.evaluated_epochs + 1) <= self.config.train.epochs:
             last = self._steps_until(epoch)
             with journal.epoch(self.step):
