@@ -54,8 +54,7 @@ def own() -> Config:
     python experiments/train.py own --data.dir PICTURES --out runs/mine
 
     Group norm does not mind small batches, and the warm-up is a share of the run, however
-    short it is. A thousand pictures take about half an hour on two CPU cores; on a GPU,
-    double --data.image-size and --model.width.
+    short it is. On a GPU, double --data.image-size and --model.width.
     """
     return Config(
         # To be replaced by --data.dir; a folder must have one.
