@@ -13,7 +13,8 @@ from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError
-from jaxunet.inference.prediction import clean_up, predict_files
+from jaxunet.inference.pictures import plan
+from jaxunet.inference.prediction import clean_up
 from jaxunet.learning.steps import init_state, make_recipe, train_step
 from jaxunet.model.unet import center_crop, center_pad
 
@@ -39,15 +40,7 @@ def test_an_overlay_never_replaces_an_input(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     inputs = [tmp_path / "a.png", tmp_path / "a_overlay.png"]
     with pytest.raises(DataError, match=r"a_overlay\.png"):
-        predict_files(
-            lambda images: images[..., :1] / np.float32(255),
-            inputs,
-            tmp_path,
-            image_size=4,
-            threshold=0.5,
-            batch_size=1,
-            overlay=True,
-        )
+        plan(inputs, tmp_path, suffixes=("_segmentation", "_overlay"))
 
 
 class Numbered:
