@@ -1,7 +1,6 @@
 """A configuration as JSON and back: plain values out, checked dataclasses in."""
 
 import dataclasses
-import json
 import types
 import typing
 from pathlib import Path
@@ -74,8 +73,3 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         for o in options
     )
     raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
-
-
-def dumps(config: Any) -> str:
-    """Configuration as indented JSON text."""
-    return json.dumps(to_dict(config), indent=2)

@@ -34,8 +34,6 @@ IMPORT_FILE = "pytorch.json"
 """In an imported run: the weight file's name and SHA-256, what of it was taken and as what,
 and its batch counters."""
 
-_ANY_LENGTH = 2**31 - 1  # of the schedule, which the state before the first step is free of
-
 
 def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, LayoutName]:
     """Make the run directory `out` around the weights of a PyTorch file.
