@@ -2,14 +2,18 @@ import os
 import sys
 import tempfile
 
-# Before JAX starts: eight simulated devices, so that sharding is tested everywhere.
+# Before JAX starts: eight simulated devices, so that sharding is tested everywhere. Compiling
+# takes most of the time; without optimisation it takes half of that. Scripts that are run in
+# a process of their own run as everywhere (`scripts.environment`).
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
-# Tests compile the same few programs again and again; a cache of this session's own.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxunet-tests-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Tests compile the same few programs again and again: a cache for this session's processes.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxunet-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import atexit
 import shutil
@@ -18,7 +22,10 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook("jaxunet", "typechecker.checked")
 
