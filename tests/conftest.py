@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
+# PyTorch's threads would wait for each other at every small operation.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Tests compile the same few programs again and again: a cache for this session's processes.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxunet-tests-")
@@ -17,15 +20,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import atexit
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from jaxtyping import install_import_hook
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    atexit.register(
-        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
-    )
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook("jaxunet", "typechecker.checked")
 
@@ -38,3 +41,20 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("the real ISIC 2018 pairs are not on this machine")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures() -> Iterator[None]:
+    """Runs in this process draw none, which would take a third of their time."""
+    from jaxunet.runs import training
+
+    with mock.patch.object(training, "write_figures", return_value=[]):
+        yield
+
+
+@pytest.fixture
+def figures(no_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test do draw."""
+    from jaxunet.runs import reporting, training
+
+    monkeypatch.setattr(training, "write_figures", reporting.write_figures)

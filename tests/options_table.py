@@ -21,7 +21,6 @@ from small_data import encoded, write_files
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import Prepared, prepare
-from jaxunet.runs import training
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import Outcome, Trainer, train
@@ -176,8 +175,6 @@ def on_devices(count: int) -> Iterator[None]:
     with (
         mock.patch.object(jax, "devices", return_value=some),
         mock.patch.object(jax, "local_devices", return_value=some),
-        # Pictures of a finished run are no matter of options, and take as long as the run.
-        mock.patch.object(training, "write_figures", return_value=[]),
     ):
         # Programs are compiled for longer than they run here.
         jax.config.update("jax_disable_most_optimizations", True)

@@ -51,7 +51,7 @@ def step_flops(config: Config, mode: Mode, batch_size: int) -> int:
 def initial_state(config: Config) -> Any:
     """The state that training starts from, on the host."""
     recipe: Recipe = make_recipe(config)
-    return jax.device_get(jax.jit(partial(init_state, recipe))())
+    return jax.device_get(init_state(recipe))
 
 
 @dataclass

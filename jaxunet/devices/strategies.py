@@ -8,7 +8,8 @@ its own rows for split ones.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -43,6 +44,9 @@ class Strategy(Protocol):
     ) -> Step:
         """A compiled `step(replicated, split, *constants)`.
 
+        The same `functools.partial` of the same things, over the same devices, is compiled
+        once in a process, as a function under `jax.jit` is.
+
         Args:
             donate: give the step the memory of its first argument.
             constants: how many more replicated arguments there are; they are never donated.
@@ -66,6 +70,15 @@ class _Placement:
     """
 
     devices: Sequence[jax.Device]
+    _compile: ClassVar[Callable[..., Step]]
+
+    def compile(
+        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
+    ) -> Step:
+        options = (tuple(self.devices), outputs, (0,) if donate else (), constants)
+        if isinstance(step, partial) and not step.keywords:
+            return _compiled_partial(self._compile, step.func, step.args, options)
+        return self._compile(step, *options)
 
     @property
     def _local(self) -> list[jax.Device]:
@@ -117,16 +130,21 @@ class Pmap(_Placement):
 
         return jax.tree.map(rows, batch)
 
-    def compile(
-        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
+    @staticmethod
+    def _compile(
+        step: Step,
+        devices: Sequence[jax.Device],
+        outputs: Outputs,
+        donated: tuple[int, ...],
+        constants: int,
     ) -> Step:
         return jax.pmap(
             step,
             AXIS,
             in_axes=(None, 0, *[None] * constants),
             out_axes=None if outputs == "replicated" else 0,
-            devices=self.devices,
-            donate_argnums=(0,) if donate else (),
+            devices=devices,
+            donate_argnums=donated,
         )
 
     def gather(self, tree: Any) -> Any:
@@ -144,22 +162,34 @@ class ShardMap(_Placement):
 
         return jax.tree.map(rows, batch)
 
-    def compile(
-        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
+    @staticmethod
+    def _compile(
+        step: Step,
+        devices: Sequence[jax.Device],
+        outputs: Outputs,
+        donated: tuple[int, ...],
+        constants: int,
     ) -> Step:
         # check_vma would insert the sum over devices into the gradient by itself, which
         # pmap does not; without it, one step serves both.
         mapped = jax.shard_map(
             step,
-            mesh=Mesh(np.asarray(self.devices), (AXIS,)),
+            mesh=Mesh(np.asarray(devices), (AXIS,)),
             in_specs=(PartitionSpec(), PartitionSpec(AXIS), *[PartitionSpec()] * constants),
             out_specs=PartitionSpec() if outputs == "replicated" else PartitionSpec(AXIS),
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+        return jax.jit(mapped, donate_argnums=donated)
 
     def gather(self, tree: Any) -> Any:
         return jax.tree.map(_own_rows, tree)
+
+
+@lru_cache(maxsize=64)
+def _compiled_partial(
+    compile_: Callable[..., Step], function: Step, fixed: tuple[Any, ...], options: Any
+) -> Step:
+    return compile_(partial(function, *fixed), *options)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

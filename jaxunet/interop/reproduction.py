@@ -7,7 +7,6 @@ differ is the two frameworks' arithmetic.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -109,7 +108,7 @@ def train_pytorch(
     order = BatchSampler(len(train_source), config.train.batch_size, config.train.seed)
     steps = order.batches_per_epoch * config.train.epochs
     recipe = make_recipe(config, steps)
-    initial = jax.device_get(jax.jit(partial(init_state, recipe))().variables)
+    initial = jax.device_get(init_state(recipe).variables)
     weights = state_dict_from_variables(config.model, initial, "reference")
     model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     # torch's annotations have no overload of a memory format alone.

@@ -10,6 +10,7 @@ Each is written for one shard of the global batch, on the named axis `AXIS`;
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, UInt8
 
-from jaxunet.config import Config
+from jaxunet.config import Config, ModelConfig, OptimizerConfig
 from jaxunet.learning.augment import example_keys, normalize, random_flip, seed_key
 from jaxunet.learning.losses import LOSSES, LossFn, lesion_logits
 from jaxunet.learning.metrics import confusion_counts
@@ -76,18 +77,43 @@ def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
     Raises:
         ConfigError: the run is too short for its warm-up.
     """
-    return Recipe(
-        model=make_unet(config.model, AXIS),
-        optimizer=make_optimizer(config.optimizer, total_steps),
-        loss=LOSSES[config.train.loss],
-        microbatches=config.optimizer.accumulate_steps,
-        flip=config.train.augment == "flip",
-        seed=config.train.seed,
-        ema_decay=config.optimizer.ema_decay,
-        threshold=config.train.threshold,
+    train = config.train
+    return _make_recipe(
+        config.model,
+        config.optimizer,
+        train.loss,
+        train.augment == "flip",
+        train.seed,
+        train.threshold,
+        total_steps,
     )
 
 
+# The same functions for the same configuration: steps made of them are compiled once in a
+# process (`jaxunet.devices.strategies`), be it trained, evaluated and trained again.
+@lru_cache(maxsize=64)
+def _make_recipe(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    loss: str,
+    flip: bool,
+    seed: int,
+    threshold: float,
+    total_steps: int | None,
+) -> Recipe:
+    return Recipe(
+        model=make_unet(model, AXIS),
+        optimizer=make_optimizer(optimizer, total_steps),
+        loss=LOSSES[loss],
+        microbatches=optimizer.accumulate_steps,
+        flip=flip,
+        seed=seed,
+        ema_decay=optimizer.ema_decay,
+        threshold=threshold,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe) -> TrainState:
     """The state before the first step, from the recipe's seed."""
     side = recipe.model.config.least_image_size

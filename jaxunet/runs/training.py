@@ -97,9 +97,11 @@ class Trainer:
                     f"The run has done {self.step} steps, but train.epochs "
                     f"{config.train.epochs} is only {self.total_steps}; ask for more."
                 )
-            self.recipe = make_recipe(config, self.total_steps)
+            self.recipe = make_recipe(config)  # for all but the learning rate
             self.train_step = self.train_feed.compile(
-                partial(train_step, self.recipe), outputs="replicated", donate=True
+                partial(train_step, make_recipe(config, self.total_steps)),
+                outputs="replicated",
+                donate=True,
             )
             self.eval_step = self.validation_feed.compile(
                 partial(eval_step, self.recipe), outputs="replicated"
@@ -167,9 +169,7 @@ class Trainer:
     def _restore(self) -> tuple[int, TrainState, Position]:
         """Steps done, the state on the devices, and the position; from the start if need be."""
         per_epoch = self.order.batches_per_epoch
-        state = jax.tree.map(
-            np.asarray, jax.jit(partial(init_state, make_recipe(self.config)))()
-        )
+        state = jax.tree.map(np.asarray, init_state(make_recipe(self.config)))
         if not self.has_checkpoints:
             return 0, self.strategy.replicate(state), Position(batches_per_epoch=per_epoch)
         step, state, record = self.checkpoints.restore("latest", state)

@@ -52,7 +52,7 @@ def batches(count: int, padded_last: int = 3):
 
 @cache
 def initial_state(recipe):
-    return jax.tree.map(np.asarray, jax.jit(partial(init_state, recipe))())
+    return jax.tree.map(np.asarray, init_state(recipe))
 
 
 def run(parallel: str, devices: int):
@@ -82,8 +82,9 @@ def alone():
     return run("jit", 1)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+@pytest.mark.parametrize(
+    ("parallel", "devices"), [("pmap", 1), ("pmap", 2), ("pmap", 8), ("jit", 2), ("jit", 8)]
+)
 def test_devices_and_strategy_change_no_number(parallel, devices, alone):
     expected, found = alone, run(parallel, devices)
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)

@@ -21,15 +21,6 @@ from jaxunet.learning.steps import make_recipe, state_from_variables, train_step
 from jaxunet.model.unet import DecoderLevel, make_unet
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    """More only get in each other's way beside JAX's on a small machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def pictures(batch: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (batch, height, width, 3)).astype("f4")
 
@@ -62,12 +53,9 @@ def assert_same_logits(found: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("width", "batch", "height", "columns"),
     [
-        (16, 1, 256, 256),
-        (16, 4, 256, 256),
+        (16, 4, 128, 128),
         (8, 1, 572, 572),
-        (8, 4, 572, 572),
-        (8, 1, 247, 301),
-        (8, 4, 113, 95),
+        (8, 3, 113, 95),
         (64, 1, 256, 256),
     ],
 )
@@ -82,7 +70,7 @@ def test_reference_logits_are_pytorchs(width, batch, height, columns):
 @pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
 @pytest.mark.parametrize(
     ("width", "batch", "height", "columns", "num_logits"),
-    [(16, 1, 256, 256, 1), (8, 4, 256, 256, 2), (8, 1, 572, 572, 2), (8, 4, 113, 95, 1)],
+    [(16, 4, 128, 128, 2), (8, 3, 113, 95, 1)],
 )
 def test_milesials_logits_are_pytorchs(bilinear, width, batch, height, columns, num_logits):
     model = enliven(MilesialUNet(width, num_logits=num_logits, bilinear=bilinear))
@@ -320,25 +308,25 @@ def test_milesials_batch_norm_trains_and_keeps_its_statistics_as_in_pytorch():
 @pytest.mark.parametrize(
     ("config", "make"),
     [
-        (ModelConfig(width=8, depth=4), lambda: ReferenceUNet(8, 4)),
+        (ModelConfig(width=8, depth=3), lambda: ReferenceUNet(8, 3)),
         (
             ModelConfig(
                 width=8,
-                depth=4,
+                depth=3,
                 norm="batch",
                 skip="pad",
                 concat="skip_first",
                 conv_bias=False,
                 num_logits=2,
             ),
-            lambda: MilesialUNet(8, 4),
+            lambda: MilesialUNet(8, 3),
         ),
     ],
     ids=["reference", "milesial"],
 )
 def test_initial_weights_are_distributed_as_pytorchs_defaults(config, make):
     """Layer by layer, over many seeds: bounds, mean and variance of uniform numbers."""
-    seeds = 128
+    seeds = 64
     model = make_unet(config)
     images = jnp.zeros((1, 8, 8, 3))
     init = jax.jit(lambda key: model.init(key, images))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from bad_input.ground import run
 from PIL import Image
 from pytorch_designs import MilesialUNet, ReferenceUNet, arrays, enliven
-from scripts import run as run_script
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
@@ -271,6 +271,12 @@ def test_a_model_without_a_pytorch_layout_and_a_wrong_ending_are_refused(tmp_pat
         layout_of(ModelConfig(norm="batch"))
     with pytest.raises(JaxUNetError, match="not a run directory"):
         export_weights(tmp_path / "nothing", tmp_path / "x.pth")
+
+
+def run_script(*words: object, expect: int = 0) -> str:
+    status, output = run(list(words))
+    assert status == expect, output
+    return output
 
 
 def test_the_scripts_import_evaluate_predict_and_export(tmp_path):

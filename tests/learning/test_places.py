@@ -97,7 +97,7 @@ def test_the_average_is_of_the_weights_that_a_step_leaves():
         "mask": rng.choice([0, 255], (4, 8, 8, 1)).astype(np.uint8),
         "weight": np.ones(4, np.uint8),
     }
-    state = strategy.replicate(jax.jit(partial(init_state, recipe))())
+    state = strategy.replicate(init_state(recipe))
     host = strategy.fetch(state)
     average = host.params
     for _ in range(2):

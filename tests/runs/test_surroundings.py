@@ -10,7 +10,6 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import jax
 import numpy as np
@@ -26,7 +25,6 @@ from jaxunet.config import (
 )
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
-from jaxunet.runs import training
 from jaxunet.runs.loading import load
 from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import train
@@ -61,12 +59,6 @@ FAILING = """
         return fail if options.get("donate") else function
     training.Feed.compile = compile
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_figures():
-    with mock.patch.object(training, "write_figures", return_value=[]):
-        yield
 
 
 @pytest.fixture(scope="module")

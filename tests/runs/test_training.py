@@ -222,8 +222,9 @@ def test_a_finished_run_can_be_extended_and_equals_a_longer_one(config, data, tm
         train(config, data, tmp_path / "short", resume=True, show_progress=False)
 
 
-def test_the_run_directory_holds_what_the_contract_says(config, data, unbroken):
-    out, outcome = unbroken["pmap"]
+def test_the_run_directory_holds_what_the_contract_says(config, data, tmp_path, figures):
+    out = tmp_path / "run"
+    outcome = train(config, data, out, show_progress=False)
     for name in ("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"):
         assert (out / name).exists()
     assert {p.name for p in (out / "figures").iterdir()} == {"curves.png", "predictions.png"}
