@@ -328,7 +328,7 @@ def test_a_failure_of_one_process_stops_all_with_its_message(config, tmp_path):
         out=str(tmp_path / "run"),
         parallel="pmap",
         resume=False,
-        interrupt={"what": "fail", "process": 2, "batch": 0},
+        interrupt={"what": "fail", "process": 2, "batch": 3},
     )
     assert group.statuses(PATIENCE) == [1, 1, 1, 1]
     assert "process 2 of 4 error: a row that only this process reads" in group.said(2)

@@ -5,6 +5,7 @@ reason; a command that is in neither place fails.
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -40,6 +41,7 @@ NOT_HERE = {
     r"mpirun ": "needs Open MPI and several hosts",
     r"(\w+=\S+ )*JAX_COORDINATOR_ADDRESS=": "needs peers; tests/devices/test_distributed.py",
     r"python experiments/gpu_programme\.py": "needs a GPU",
+    r"python experiments/benchmark\.py --against pytorch$": "tests/bench/test_benchmark.py",
 }
 
 
@@ -199,6 +201,23 @@ def call(place: Path, command: Command, words: list[str]) -> str:
 @pytest.mark.parametrize("command", HERE, ids=lambda command: command.text)
 def test_a_command_of_the_readme_works_as_it_stands(place, command):
     assert call(place, command, shortened(command))
+
+
+def test_the_example_with_an_average_scores_as_the_same_run_without_it(place):
+    [command] = [command for command in HERE if "--optimizer.ema-decay" in command.words]
+    words = [*shortened(command), "--data.train-split", "train", "--train.epochs", "3"]
+    words += ["--train.batch-size", "8", "--data.image-size", "16", "--model.dtype", "float32"]
+    words += ["--optimizer.learning-rate", "0.02"]
+    at = words.index("--optimizer.ema-decay")
+    dice = []
+    for number, asked in enumerate([words, words[:at] + words[at + 2 :]]):
+        asked[asked.index("--out") + 1] = f"runs/average-{number}"
+        call(place, command, asked)
+        summary = json.loads((place / f"runs/average-{number}/summary.json").read_text())
+        dice.append(summary["scores"]["per_image"]["dice"])
+    averaged, plain = dice
+    assert plain > 0.8
+    assert averaged > plain - 0.01, dice
 
 
 def test_commands_are_found_as_a_reader_sees_them():

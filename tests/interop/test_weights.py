@@ -288,6 +288,7 @@ def test_the_scripts_import_evaluate_predict_and_export(tmp_path):
     del wrapped["module.mask_values"]
     torch.save({"net": {**wrapped, "n_averaged": torch.tensor(1)}}, tmp_path / "wrapped.pth")
     options += ("--optimizer.schedule", "cosine", "--optimizer.warmup-steps", 5)
+    options += ("--train.eval-batch-size", 8)
     output = run_script("import_pytorch.py", tmp_path / "wrapped.pth", "--out", run, *options)
     assert "Taken:      what is under net.module.; left out: n_averaged" in output
     assert "milesial layout: width 4, 3 levels, transposed upsampling, 2 logit(s)" in output
