@@ -10,8 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +39,7 @@ NOT_HERE = {
     r"mpirun ": "needs Open MPI and several hosts",
     r"(\w+=\S+ )*JAX_COORDINATOR_ADDRESS=": "needs peers; tests/devices/test_distributed.py",
     r"python experiments/gpu_programme\.py": "needs a GPU",
-    r"python experiments/benchmark\.py --against pytorch$": "tests/bench/test_benchmark.py",
+    r"python experiments/benchmark\.py": "wants one device; tests/bench/test_benchmark.py",
 }
 
 
@@ -103,7 +101,6 @@ SHORT = {
     "evaluate.py": [],
     "predict.py": [],
     "reproduce.py": [*SMALL, *FEW, *TINY, *ONE_EPOCH],
-    "benchmark.py": [*SMALL[:2], *TINY, "--rounds", 1, "--seconds", 0.01, "--measure", "train"],
     "import_pytorch.py": [*SMALL, "--train.eval-batch-size", 8],
     "export_pytorch.py": [],
 }
@@ -176,24 +173,13 @@ def place(tmp_path_factory):
 
 
 def call(place: Path, command: Command, words: list[str]) -> str:
-    """Run it in `place`, in this process; the benchmark, which wants one device, in its own."""
+    """Run it in `place`, in this process."""
     given = dict(w.split("=", 1) for w in command.words if re.fullmatch(r"[A-Z]\w*=.*", w))
     out = place / words[words.index("--out") + 1] if "--out" in words else None
     if words[0] in ("train.py", "import_pytorch.py") and "--resume" not in words and out:
         shutil.rmtree(out, ignore_errors=True)  # of another command of the page
-    if words[0] == "benchmark.py":
-        alone = {**os.environ, **given, "XLA_FLAGS": "", "TORCHDYNAMO_DISABLE": "1"}
-        done = subprocess.run(
-            [sys.executable, SCRIPTS / words[0], *words[1:]],
-            cwd=place,
-            env=alone,
-            capture_output=True,
-            text=True,
-        )
-        status, output = done.returncode, done.stdout + done.stderr
-    else:
-        with contextlib.chdir(place), mock.patch.dict(os.environ, given):
-            status, output = run(words)
+    with contextlib.chdir(place), mock.patch.dict(os.environ, given):
+        status, output = run(words)
     assert status == 0, f"{command.text}\n{' '.join(words)}\n{output}"
     return output
 
