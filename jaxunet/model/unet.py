@@ -23,7 +23,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from jaxunet.config import ModelConfig
-from jaxunet.model.layers import conv3x3, max_pool2x2, up_conv2x2
+from jaxunet.model.conv import conv3x3
+from jaxunet.model.layers import max_pool2x2, relu, up_conv2x2
 from jaxunet.model.normalization import BatchNorm
 
 Features = Float[Array, "batch height width channels"]
@@ -143,7 +144,7 @@ def double_conv(
             groups = min(8, config.width)
             norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=f"norm_{i}")
             x = norm(x.astype(jnp.float32)).astype(x.dtype)
-        x = nn.relu(x)
+        x = relu(x)
     return x
 
 

@@ -1,0 +1,110 @@
+"""Each operation in the form of each platform: against PyTorch, NumPy and finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from jax.test_util import check_grads
+
+from jaxunet.model.layers import max_pool2x2, relu, up_conv2x2
+
+
+@pytest.fixture(params=["cpu", "gpu", "tpu"])
+def platform(request, monkeypatch):
+    """Runs here what `lax.platform_dependent` would choose on the platform."""
+
+    def choose(*operands, default=None, **forms):
+        return forms.get(request.param, default)(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8, 4), (1, 1, 1, 3, 2), (2, 4, 4, 64, 32)])
+def test_the_transposed_convolution_and_its_gradients_are_pytorchs(shape, platform):
+    b, h, w, cin, cout = shape
+    rng = np.random.default_rng(sum(shape))
+    x = rng.normal(size=(b, h, w, cin)).astype(np.float32)
+    kernel = rng.normal(size=(2, 2, cin, cout)).astype(np.float32)
+    dy = rng.normal(size=(b, 2 * h, 2 * w, cout)).astype(np.float32)
+    y, pull_back = jax.vjp(up_conv2x2, jnp.asarray(x), jnp.asarray(kernel))
+    tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    tk = torch.from_numpy(kernel).permute(2, 3, 0, 1).requires_grad_()
+    ty = F.conv_transpose2d(tx, tk, stride=2)
+    ty.backward(torch.from_numpy(dy).permute(0, 3, 1, 2))
+    expected = (ty.detach(), tx.grad)
+    for found, each in zip((y, pull_back(jnp.asarray(dy))[0]), expected, strict=True):
+        np.testing.assert_allclose(found, each.permute(0, 2, 3, 1).numpy(), atol=1e-4)
+    found = pull_back(jnp.asarray(dy))[1]
+    np.testing.assert_allclose(found, tk.grad.permute(2, 3, 0, 1).numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 7, 9, 2), (1, 2, 2, 1), (1, 3, 3, 16)])
+def test_max_pool_and_its_gradient_are_pytorchs_where_maxima_are_tied(shape, platform):
+    rng = np.random.default_rng(sum(shape))
+    x = rng.integers(0, 3, shape).astype(np.float32)  # few values: most windows have ties
+    b, h, w, c = shape
+    dy = rng.normal(size=(b, h // 2, w // 2, c)).astype(np.float32)
+    y, pull_back = jax.vjp(max_pool2x2, jnp.asarray(x))
+    tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    ty = F.max_pool2d(tx, 2)
+    ty.backward(torch.from_numpy(dy).permute(0, 3, 1, 2))
+    np.testing.assert_array_equal(y, ty.detach().permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(pull_back(jnp.asarray(dy))[0], tx.grad.permute(0, 2, 3, 1))
+
+
+def test_max_pool_lets_nan_through(platform):
+    x = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
+    x[0, 0, 0, 0] = x[0, 3, 3, 0] = np.nan
+    expected = [[np.nan, 7], [13, np.nan]]
+    np.testing.assert_array_equal(max_pool2x2(jnp.asarray(x))[0, :, :, 0], expected)
+
+
+def test_relu_and_its_gradient_are_pytorchs_at_zero_too(platform):
+    x = np.array([-np.inf, -2, -0.0, 0, 1e-30, 3, np.inf, np.nan], np.float32)
+    y, pull_back = jax.vjp(relu, jnp.asarray(x))
+    tx = torch.from_numpy(x).requires_grad_()
+    ty = F.relu(tx)
+    ty.backward(torch.full((8,), 2.0))
+    np.testing.assert_array_equal(y, ty.detach().numpy())
+    found = pull_back(jnp.full(8, 2.0, jnp.float32))[0]
+    np.testing.assert_array_equal(found[:-1], tx.grad[:-1])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 3, 4), (1, 1, 1, 3, 2)])
+def test_the_transposed_convolution_is_exact_in_float64(shape, platform):
+    b, h, w, cin, cout = shape
+    rng = np.random.default_rng(sum(shape))
+    x, kernel = rng.normal(size=(b, h, w, cin)), rng.normal(size=(2, 2, cin, cout))
+    dy = rng.normal(size=(b, 2 * h, 2 * w, cout))
+    blocks = dy.reshape(b, h, 2, w, 2, cout)
+    with jax.enable_x64(True):
+        y, pull_back = jax.vjp(up_conv2x2, jnp.asarray(x), jnp.asarray(kernel))
+        dx, dkernel = pull_back(jnp.asarray(dy))
+    expected = np.einsum("bhwi,klio->bhkwlo", x, kernel).reshape(dy.shape)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+    np.testing.assert_allclose(dx, np.einsum("bhkwlo,klio->bhwi", blocks, kernel), atol=1e-12)
+    np.testing.assert_allclose(dkernel, np.einsum("bhkwlo,bhwi->klio", blocks, x), atol=1e-12)
+
+
+def test_second_derivatives_are_those_of_finite_differences(platform):
+    rng = np.random.default_rng(0)
+    # Numbers at least 0.1 from each other and from 0, so that no difference meets an edge.
+    x = (rng.permutation(2 * 5 * 4 * 2) - 40.5).reshape(2, 5, 4, 2) / 10
+    kernel = rng.normal(size=(2, 2, 2, 3))
+
+    def total(x, kernel):
+        return jnp.sin(up_conv2x2(max_pool2x2(relu(x) ** 2), kernel)).sum()
+
+    with jax.enable_x64(True):
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
+        check_grads(gradients, (x, kernel), order=1, modes=["rev"])
+
+
+def test_operations_keep_bfloat16(platform):
+    x = jnp.linspace(-1, 1, 64, dtype=jnp.bfloat16).reshape(1, 4, 4, 4)
+    kernel = jnp.ones((2, 2, 4, 2), jnp.bfloat16)
+    y, pull_back = jax.vjp(lambda x, k: up_conv2x2(max_pool2x2(relu(x)), k), x, kernel)
+    assert {leaf.dtype for leaf in (y, *pull_back(y))} == {jnp.dtype(jnp.bfloat16)}
