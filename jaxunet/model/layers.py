@@ -1,4 +1,4 @@
-"""The U-Net's other operations as pure functions: 2x2 up, 2x2 max-pool, ReLU.
+"""The U-Net's other operations as pure functions: 2x2 up, 1x1, 2x2 max-pool, ReLU.
 
 Each has the form that its platform likes; `lax.platform_dependent` chooses when a program is
 lowered. All forms agree to rounding, and so do their gradients.
@@ -14,6 +14,10 @@ from jaxtyping import Array, Float
 from jaxunet.model.conv import DIMENSIONS, Image
 
 BlockKernel = Float[Array, "2 2 _ _"]
+Matrix = Float[Array, "_ _"]
+
+FILLED = 8
+"""Rows of a TPU's vector register: fewer columns of a product cost as many."""
 
 
 def up_conv2x2(
@@ -108,6 +112,73 @@ def _correlate_blocks(x: Image, dy: Image) -> BlockKernel:
     return lax.conv_general_dilated(
         dy, x, (1, 1), "VALID", rhs_dilation=(2, 2), dimension_numbers=("CHWN", "IHWO", "HWCN")
     )
+
+
+@jax.custom_vjp
+def conv1x1(
+    x: Float[Array, "b h w cin"], kernel: Float[Array, "cin cout"]
+) -> Float[Array, "b h w cout"]:
+    """1x1 convolution to a few channels, summed and returned in float32.
+
+    One matrix product, which for one or two columns XLA makes of multiplications and sums.
+    On a TPU, in bfloat16, zeros fill them up to 8, so that it and its kernel's gradient stay
+    on the matrix units.
+    """
+    if x.dtype == jnp.bfloat16:
+        return lax.platform_dependent(x, kernel, tpu=_filled_product, default=_product)
+    return _product(x, kernel)
+
+
+@jax.custom_vjp
+def _product_kernel_gradient(x: Image, dy: Image) -> Matrix:
+    def plain(x: Image, dy: Image) -> Matrix:
+        shape = jax.ShapeDtypeStruct((x.shape[3], dy.shape[3]), x.dtype)
+        return jax.linear_transpose(lambda kernel: _product(x, kernel), shape)(dy)[0]
+
+    if x.dtype == jnp.bfloat16:
+        return lax.platform_dependent(x, dy, tpu=_filled_kernel_gradient, default=plain)
+    return plain(x, dy)
+
+
+def _product_input_gradient(dy: Image, kernel: Matrix) -> Image:
+    shape = jax.ShapeDtypeStruct((*dy.shape[:3], kernel.shape[0]), kernel.dtype)
+    return jax.linear_transpose(lambda x: _product(x, kernel), shape)(dy)[0]
+
+
+conv1x1.defvjp(
+    lambda x, kernel: (conv1x1(x, kernel), (x, kernel)),
+    lambda saved, dy: (
+        _product_input_gradient(dy, saved[1]),
+        _product_kernel_gradient(saved[0], dy),
+    ),
+)
+_product_kernel_gradient.defvjp(
+    lambda x, dy: (_product_kernel_gradient(x, dy), (x, dy)),
+    lambda saved, dkernel: (
+        _product_input_gradient(saved[1], dkernel),
+        conv1x1(saved[0], dkernel),
+    ),
+)
+
+
+def _product(x: Image, kernel: Matrix) -> Image:
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _filled(x: Array) -> Array:
+    """With zeros after the columns of the last axis, up to `FILLED`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % FILLED)])
+
+
+def _filled_product(x: Image, kernel: Matrix) -> Image:
+    full = jnp.einsum("io,bhwi->obhw", _filled(kernel), x, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(full[: kernel.shape[1]], 0, 3)
+
+
+def _filled_kernel_gradient(x: Image, dy: Image) -> Matrix:
+    full = _filled(dy.astype(x.dtype))
+    sums = jnp.einsum("bhwi,bhwo->io", x, full, preferred_element_type=jnp.float32)
+    return sums[:, : dy.shape[3]].astype(x.dtype)
 
 
 @jax.custom_vjp

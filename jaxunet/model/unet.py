@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxunet.config import ModelConfig
 from jaxunet.model.conv import conv3x3
-from jaxunet.model.layers import max_pool2x2, relu, up_conv2x2
+from jaxunet.model.layers import conv1x1, max_pool2x2, relu, up_conv2x2
 from jaxunet.model.normalization import BatchNorm
 
 Features = Float[Array, "batch height width channels"]
@@ -265,8 +265,7 @@ class Head(nn.Module):
         kernel_init, bias_init = _initializers(self.config.init, x.shape[-1])
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.config.num_logits))
         bias = self.param("bias", bias_init, (self.config.num_logits,))
-        logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        return logits + _for_pixels(bias, jnp.float32)
+        return conv1x1(x, kernel.astype(x.dtype)) + _for_pixels(bias, jnp.float32)
 
 
 class UNet(nn.Module):

@@ -1,4 +1,4 @@
-"""Each operation in the form of each platform: against PyTorch, NumPy and finite differences."""
+"""Each operation in each platform's form: against PyTorch, NumPy and finite differences."""
 
 import jax
 import jax.numpy as jnp
