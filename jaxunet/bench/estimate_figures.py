@@ -73,7 +73,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.22)
     finish(axes, f"Steps compiled ahead\n({ESTIMATE})", "milliseconds a step", "")
-    axes.get_legend().remove()
+    if (legend := axes.get_legend()) is not None:
+        legend.remove()
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     save(figure, path)
 

@@ -5,22 +5,18 @@ of `jaxunet.model.cpu`; `lax.platform_dependent` chooses when a program is lower
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxunet.model import cpu
+from jaxunet.model import cpu, winograd
+from jaxunet.model.folding import columns, fold, fold_kernel, unfold
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
-WINOGRAD_CHANNELS = 128 * 256
-WINOGRAD_PIXELS = 1024
-"""Winograd pays from so many pairs of input and output channels and so many pixels of a batch
-on: each of its 16 products must be worth more than the sums that prepare its operands and take
-its result apart, and its kernel, which takes nearly twice the memory."""
 KERNEL_GRADIENT_PIXELS, KERNEL_GRADIENT_PARTS = 8192, 16
 """For each so many pixels of a batch the kernel's gradient gets a part of its own, up to so
 many parts, so that threads can share images of few channels. The number of threads must not
@@ -28,6 +24,7 @@ count: the sums would depend on it."""
 
 Image = Float[Array, "_ _ _ _"]
 Kernel = Float[Array, "3 3 _ _"]
+Form = Callable[[Image, Kernel], Image]
 
 
 def conv3x3(
@@ -80,29 +77,32 @@ def conv3x3(
 
 @jax.custom_vjp
 def _conv(x: Image, kernel: Kernel) -> Image:
-    if _winograd_pays(x, kernel):
-        return lax.platform_dependent(x, kernel, cpu=_winograd_conv, default=_plain_conv)
-    if _loops_can(x, kernel.shape[3]):
+    forms: dict[str, Callable[..., Array]] = {"tpu": _folded_conv}
+    if winograd.pays(x, kernel):
+        forms["cpu"] = winograd.conv
+    elif _loops_can(x, kernel.shape[3]):
         shape = (*x.shape[:3], kernel.shape[3])
-        loops = functools.partial(_call, cpu.CONV, shape)
-        return lax.platform_dependent(x, kernel, cpu=loops, default=_plain_conv)
-    return _plain_conv(x, kernel)
+        forms["cpu"] = functools.partial(_call, cpu.CONV, shape)
+    return lax.platform_dependent(x, kernel, **forms, default=_plain_conv)
 
 
 @jax.custom_vjp
 def _input_gradient(dy: Image, kernel: Kernel) -> Image:
     shape = (*dy.shape[:3], kernel.shape[2])
 
-    def plain(dy: Image, kernel: Kernel) -> Image:
+    def transposed(conv: Form, dy: Image, kernel: Kernel) -> Image:
         x = jax.ShapeDtypeStruct(shape, dy.dtype)
-        return jax.linear_transpose(lambda x: _plain_conv(x, kernel), x)(dy)[0]
+        return jax.linear_transpose(lambda x: conv(x, kernel), x)(dy)[0]
 
-    if _winograd_pays(dy, kernel):
-        return lax.platform_dependent(dy, kernel, cpu=_winograd_input_gradient, default=plain)
-    if _loops_can(dy, kernel.shape[2]):
-        loops = functools.partial(_call, cpu.INPUT_GRADIENT, shape)
-        return lax.platform_dependent(dy, kernel, cpu=loops, default=plain)
-    return plain(dy, kernel)
+    forms: dict[str, Callable[..., Array]] = {
+        "tpu": functools.partial(transposed, _folded_conv)
+    }
+    if winograd.pays(dy, kernel):
+        forms["cpu"] = winograd.input_gradient
+    elif _loops_can(dy, kernel.shape[2]):
+        forms["cpu"] = functools.partial(_call, cpu.INPUT_GRADIENT, shape)
+    plain = functools.partial(transposed, _plain_conv)
+    return lax.platform_dependent(dy, kernel, **forms, default=plain)
 
 
 @jax.custom_vjp
@@ -116,13 +116,17 @@ def _kernel_gradient(x: Image, dy: Image) -> Kernel:
         # One loop over memory; XLA's reduction of the first dimension is far slower.
         return functools.reduce(jnp.add, parts)
 
-    def plain(x: Image, dy: Image) -> Kernel:
+    def transposed(conv: Form, x: Image, dy: Image) -> Kernel:
         kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-        return jax.linear_transpose(lambda kernel: _plain_conv(x, kernel), kernel)(dy)[0]
+        return jax.linear_transpose(lambda kernel: conv(x, kernel), kernel)(dy)[0]
 
+    forms: dict[str, Callable[..., Array]] = {
+        "tpu": functools.partial(transposed, _folded_conv)
+    }
     if _loops_can(x, dy.shape[3]):
-        return lax.platform_dependent(x, dy, cpu=loops, default=plain)
-    return plain(x, dy)
+        forms["cpu"] = loops
+    plain = functools.partial(transposed, _plain_conv)
+    return lax.platform_dependent(x, dy, **forms, default=plain)
 
 
 _conv.defvjp(
@@ -139,17 +143,65 @@ _kernel_gradient.defvjp(
 )
 
 
+@jax.custom_vjp
+def conv3x3_joined(
+    first: Float[Array, "b h w c1"],
+    second: Float[Array, "b h w c2"],
+    kernel: Float[Array, "3 3 cin cout"],
+) -> Float[Array, "b h w cout"]:
+    """`conv3x3` of two images joined along their channels.
+
+    On a TPU it is the sum of two, which stay folded (see `jaxunet.model.folding`); elsewhere
+    one of the joined image, which has more channels to share what it loads.
+    """
+
+    def joined(first: Image, second: Image, kernel: Kernel) -> Image:
+        return conv3x3(jnp.concatenate((first, second), axis=3), kernel)
+
+    operands = first, second, kernel
+    return lax.platform_dependent(*operands, tpu=_sum_of_convs, default=joined)
+
+
+def _joined_gradients(
+    saved: tuple[Image, Image, Kernel], dy: Image
+) -> tuple[Image, Image, Kernel]:
+    channels = saved[0].shape[3]
+
+    def joined(first: Image, second: Image, kernel: Kernel, dy: Image) -> tuple[Array, ...]:
+        dx = _input_gradient(dy, kernel)
+        dkernel = _kernel_gradient(jnp.concatenate((first, second), axis=3), dy)
+        return dx[..., :channels], dx[..., channels:], dkernel
+
+    def apart(first: Image, second: Image, kernel: Kernel, dy: Image) -> tuple[Array, ...]:
+        halves = jnp.split(kernel, [channels], axis=2)
+        dkernels = [_kernel_gradient(x, dy) for x in (first, second)]
+        dxs = [_input_gradient(dy, half) for half in halves]
+        return *dxs, jnp.concatenate(dkernels, axis=2)
+
+    return lax.platform_dependent(*saved, dy, tpu=apart, default=joined)
+
+
+def _sum_of_convs(first: Image, second: Image, kernel: Kernel) -> Image:
+    halves = jnp.split(kernel, [first.shape[3]], axis=2)
+    return _conv(first, halves[0]) + _conv(second, halves[1])
+
+
+conv3x3_joined.defvjp(
+    lambda first, second, kernel: (
+        conv3x3_joined(first, second, kernel),
+        (first, second, kernel),
+    ),
+    _joined_gradients,
+)
+
+
 def _plain_conv(x: Image, kernel: Kernel) -> Image:
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
 
 
-def _winograd_pays(x: Image, kernel: Kernel) -> bool:
-    """In types in which the sums of its transforms lose nothing that matters."""
-    return (
-        x.dtype in (jnp.float32, jnp.float64)
-        and kernel.shape[2] * kernel.shape[3] >= WINOGRAD_CHANNELS
-        and x.shape[0] * x.shape[1] * x.shape[2] >= WINOGRAD_PIXELS
-    )
+def _folded_conv(x: Image, kernel: Kernel) -> Image:
+    count = columns(x.shape[2], kernel.shape[3])
+    return unfold(_plain_conv(fold(x, count), fold_kernel(kernel, count)), count)
 
 
 def _loops_can(x: Image, channels: int) -> bool:
@@ -168,83 +220,3 @@ def _call(name: str, shape: tuple[int, ...], *operands: Array) -> Array:
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
     call = jax.ffi.ffi_call(blocks.target(name), result, vmap_method="sequential")
     return call(*operands)
-
-
-# Winograd F(2x2, 3x3). One axis of the image: with input tile d (4 pixels, of which the next
-# tile shares 2), kernel g (3) and output y (2),
-#
-#     y = A^T [(G g) * (B^T d)]
-#
-#     B^T = 1  0 -1  0     G =  1    0    0      A^T = 1  1  1  0
-#           0  1  1  0         1/2  1/2  1/2           0  1 -1 -1
-#           0 -1  1  0         1/2 -1/2  1/2
-#           0  1  0 -1          0    0    1
-#
-# and both axes are transformed alike, so that each of the 4 x 4 places of a tile has a matrix
-# product over channels of its own. Operands are four arrays [4, ...], one for each row of a
-# tile: XLA's CPU backend makes each in one loop over contiguous channels; as one array of 16
-# they take half as long again, and as 16 arrays twice the time to compile.
-
-Planes = list[Array]
-
-INPUT_PAIRS = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))  # rows of B^T: d[i] ± d[j]
-
-
-def _input_planes(x: Image) -> Planes:
-    """B^T d B of each tile: four arrays [4, tiles, channels]."""
-    b, h, w, c = x.shape
-    rows, columns = -(-h // 2), -(-w // 2)
-    x = jnp.pad(x, ((0, 0), (1, 2 * rows - h + 1), (1, 2 * columns - w + 1), (0, 0)))
-    # Padded once, not again for each place.
-    x = lax.optimization_barrier(x).reshape(b, rows + 1, 2, columns + 1, 2, c)
-
-    def pixel(i: int, j: int) -> Array:
-        return x[:, i // 2 : i // 2 + rows, i % 2, j // 2 : j // 2 + columns, j % 2]
-
-    def place(top: int, bottom: int, row_sign: int, pair: tuple[int, int, int]) -> Array:
-        left, right, sign = pair
-        upper = pixel(top, left) + sign * pixel(top, right)
-        lower = pixel(bottom, left) + sign * pixel(bottom, right)
-        return (upper + row_sign * lower).reshape(-1, c)
-
-    return [jnp.stack([place(*row, pair) for pair in INPUT_PAIRS]) for row in INPUT_PAIRS]
-
-
-def _kernel_planes(kernel: Kernel) -> Planes:
-    """G g G^T: four arrays [4, cin, cout]."""
-
-    def transform(g: Sequence[Array]) -> list[Array]:
-        outer, middle = (g[0] + g[2]) / 2, g[1] / 2
-        return [g[0], outer + middle, outer - middle, g[2]]
-
-    return [jnp.stack(transform([r[0], r[1], r[2]])) for r in transform(list(kernel))]
-
-
-def _output(planes: Planes, shape: Sequence[int]) -> Image:
-    """A^T m A of each tile, put together to images of `shape` (batch, height, width)."""
-    b, h, w = shape
-    rows, columns, channels = -(-h // 2), -(-w // 2), planes[0].shape[-1]
-
-    def transform(m: Sequence[Array]) -> list[Array]:
-        return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
-
-    lines = transform([m.reshape(4, b, rows, columns, channels) for m in planes])
-    image = jnp.stack([jnp.stack(transform(list(line)), axis=3) for line in lines], axis=2)
-    return image.reshape(b, 2 * rows, 2 * columns, channels)[:, :h, :w]
-
-
-def _winograd_conv(x: Image, kernel: Kernel) -> Image:
-    pairs = zip(_input_planes(x), _kernel_planes(kernel), strict=True)
-    return _output([v @ u for v, u in pairs], x.shape[:3])
-
-
-def _winograd_input_gradient(dy: Image, kernel: Kernel) -> Image:
-    """The convolution of `dy` with the kernel turned by 180 degrees, its channels swapped.
-
-    Turning it swaps the first and last rows and columns of its planes, no more.
-    """
-    turned = (3, 1, 2, 0)
-    planes = _kernel_planes(kernel)
-    kernel_planes = [jnp.stack([planes[i][j] for j in turned]) for i in turned]
-    pairs = zip(_input_planes(dy), kernel_planes, strict=True)
-    return _output([jnp.einsum("pto,pio->pti", v, u) for v, u in pairs], dy.shape[:3])

@@ -1,117 +1,29 @@
-"""The U-Net's other operations as pure functions: 2x2 up, 1x1, 2x2 max-pool, ReLU.
+"""The U-Net's other operations as pure functions: 1x1 convolution, 2x2 max-pool, ReLU.
 
 Each has the form that its platform likes; `lax.platform_dependent` chooses when a program is
 lowered. All forms agree to rounding, and so do their gradients.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxunet.model.conv import DIMENSIONS, Image
+from jaxunet.model.conv import Image
+from jaxunet.model.folding import (
+    columns,
+    fold,
+    fold_matrix,
+    merge_columns,
+    split_columns,
+    unfold,
+)
 
-BlockKernel = Float[Array, "2 2 _ _"]
 Matrix = Float[Array, "_ _"]
+Windows = tuple[Image, Image, Image, Image]
 
 FILLED = 8
 """Rows of a TPU's vector register: fewer columns of a product cost as many."""
-
-
-def up_conv2x2(
-    x: Float[Array, "b h w cin"], kernel: Float[Array, "2 2 cin cout"]
-) -> Float[Array, "b h2 w2 cout"]:
-    """2x2 transposed convolution of stride 2: each pixel becomes a 2x2 block, no overlap.
-
-    On CPU and GPU one matrix product that gives each pixel its block, and one transposition
-    that puts the blocks' rows below each other (pairs of pixels stay together); its gradients
-    are the same two backwards. On a TPU, where such a transposition is dearer than the
-    product, a convolution of the image with zeros between its pixels, whose gradients are
-    convolutions, too.
-    """
-    return _up(x, kernel)
-
-
-# As the 3x3 convolution, this one is linear in both operands: the derivatives of each of the
-# three are the other two.
-
-
-@jax.custom_vjp
-def _up(x: Image, kernel: BlockKernel) -> Image:
-    return lax.platform_dependent(x, kernel, tpu=_dilated_up, default=_product_up)
-
-
-@jax.custom_vjp
-def _up_input_gradient(dy: Image, kernel: BlockKernel) -> Image:
-    def product(dy: Image, kernel: BlockKernel) -> Image:
-        b, h, w, _ = dy.shape
-        shape = (b, h // 2, w // 2, kernel.shape[2])
-        return _linear_transpose(lambda x: _product_up(x, kernel), shape, dy)
-
-    return lax.platform_dependent(dy, kernel, tpu=_strided_down, default=product)
-
-
-@jax.custom_vjp
-def _up_kernel_gradient(x: Image, dy: Image) -> BlockKernel:
-    def product(x: Image, dy: Image) -> BlockKernel:
-        shape = (2, 2, x.shape[3], dy.shape[3])
-        return _linear_transpose(lambda kernel: _product_up(x, kernel), shape, dy)
-
-    return lax.platform_dependent(x, dy, tpu=_correlate_blocks, default=product)
-
-
-_up.defvjp(
-    lambda x, kernel: (_up(x, kernel), (x, kernel)),
-    lambda saved, dy: (_up_input_gradient(dy, saved[1]), _up_kernel_gradient(saved[0], dy)),
-)
-_up_input_gradient.defvjp(
-    lambda dy, kernel: (_up_input_gradient(dy, kernel), (dy, kernel)),
-    lambda saved, dx: (_up(dx, saved[1]), _up_kernel_gradient(dx, saved[0])),
-)
-_up_kernel_gradient.defvjp(
-    lambda x, dy: (_up_kernel_gradient(x, dy), (x, dy)),
-    lambda saved, dkernel: (_up_input_gradient(saved[1], dkernel), _up(saved[0], dkernel)),
-)
-
-
-def _product_up(x: Image, kernel: BlockKernel) -> Image:
-    b, h, w, cin = x.shape
-    cout = kernel.shape[3]
-    blocks = x.reshape(-1, cin) @ kernel.transpose(2, 0, 1, 3).reshape(cin, 4 * cout)
-    rows = blocks.reshape(b, h, w, 2, 2 * cout).transpose(0, 1, 3, 2, 4)
-    return rows.reshape(b, 2 * h, 2 * w, cout)
-
-
-def _linear_transpose(
-    function: Callable[[Array], Array], shape: tuple[int, ...], cotangent: Array
-) -> Array:
-    like = jax.ShapeDtypeStruct(shape, cotangent.dtype)
-    return jax.linear_transpose(function, like)(cotangent)[0]
-
-
-def _dilated_up(x: Image, kernel: BlockKernel) -> Image:
-    return lax.conv_general_dilated(
-        x, kernel[::-1, ::-1], (1, 1), ((1, 1), (1, 1)), (2, 2), dimension_numbers=DIMENSIONS
-    )
-
-
-def _strided_down(dy: Image, kernel: BlockKernel) -> Image:
-    """Each 2x2 block's product with the kernel: the gradient of `_dilated_up`'s input."""
-    return lax.conv_general_dilated(
-        dy, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWOI", "NHWC")
-    )
-
-
-def _correlate_blocks(x: Image, dy: Image) -> BlockKernel:
-    """Sums over pixels of products with each place of their block.
-
-    XLA's own gradient reverses an activation, which costs a TPU a copy of it.
-    """
-    return lax.conv_general_dilated(
-        dy, x, (1, 1), "VALID", rhs_dilation=(2, 2), dimension_numbers=("CHWN", "IHWO", "HWCN")
-    )
 
 
 @jax.custom_vjp
@@ -171,14 +83,29 @@ def _filled(x: Array) -> Array:
 
 
 def _filled_product(x: Image, kernel: Matrix) -> Image:
-    full = jnp.einsum("io,bhwi->obhw", _filled(kernel), x, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(full[: kernel.shape[1]], 0, 3)
+    b, h, w, cin = x.shape
+    count = columns(w, cin)
+    full = jnp.einsum(
+        "io,bhwi->obhw",
+        _filled(fold_matrix(kernel, count)),
+        fold(x, count),
+        preferred_element_type=jnp.float32,
+    )
+    blocks = full[: count * kernel.shape[1]].reshape(count, kernel.shape[1], b, h, w // count)
+    return blocks.transpose(2, 3, 4, 0, 1).reshape(b, h, w, kernel.shape[1])
 
 
 def _filled_kernel_gradient(x: Image, dy: Image) -> Matrix:
-    full = _filled(dy.astype(x.dtype))
-    sums = jnp.einsum("bhwi,bhwo->io", x, full, preferred_element_type=jnp.float32)
-    return sums[:, : dy.shape[3]].astype(x.dtype)
+    count = columns(*x.shape[2:])
+    sums = jnp.einsum(
+        "bhwi,bhwo->io",
+        fold(x, count),
+        _filled(fold(dy.astype(x.dtype), count)),
+        preferred_element_type=jnp.float32,
+    )
+    sums = sums[:, : count * dy.shape[3]].astype(x.dtype)
+    kernel = jax.ShapeDtypeStruct((x.shape[3], dy.shape[3]), x.dtype)
+    return jax.linear_transpose(lambda kernel: fold_matrix(kernel, count), kernel)(sums)[0]
 
 
 @jax.custom_vjp
@@ -191,7 +118,7 @@ def max_pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     pixel: 15 times faster on a CPU, and on a GPU, where it is faster too, the same bits at
     each run (select-and-scatter has no such form).
     """
-    return lax.platform_dependent(x, tpu=_reduced_windows, default=_max_of_windows)
+    return lax.platform_dependent(x, tpu=_folded_max, default=_max_of_windows)
 
 
 @jax.custom_vjp
@@ -215,16 +142,50 @@ def _reduced_windows(x: Image) -> Image:
     return lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
 
 
+def _folded_max(x: Image) -> Image:
+    count = columns(*x.shape[2:])
+    if count == 1 or x.shape[1] % 2:
+        return _reduced_windows(x)
+    return unfold(_highest(_folded_windows(x, count)), count // 2)
+
+
+def _folded_windows(x: Image, count: int) -> Windows:
+    """As `_windows`, folded."""
+    b, h, w, c = x.shape
+    rows = fold(x, count).reshape(b, h // 2, 2, w // count, count * c)
+    return *split_columns(rows[:, :, 0], count), *split_columns(rows[:, :, 1], count)
+
+
 def _scattered(x: Image, dy: Image) -> Image:
-    return jax.vjp(_reduced_windows, x)[1](dy)[0]
+    b, h, w, c = x.shape
+    count = columns(w, c)
+    if count == 1 or h % 2:
+        return jax.vjp(_reduced_windows, x)[1](dy)[0]
+    dy = fold(dy, count // 2)
+    winner = _winner(_folded_windows(x, count)).astype(x.dtype)
+    dy, winner = (merge_columns(each, each, count)[:, :, None] for each in (dy, winner))
+    row, column = jnp.arange(2)[:, None], jnp.arange(count * c)[None] // c % 2
+    place = (2 * row + column).astype(x.dtype)[None, None, :, None]
+    dx = jnp.where(winner == place, dy, 0)
+    return unfold(dx.reshape(b, h, w // count, count * c), count)
 
 
 def _max_of_windows(x: Image) -> Image:
-    a, b, c, d = _windows(x)
+    return _highest(_windows(x))
+
+
+def _highest(windows: Windows) -> Image:
+    a, b, c, d = windows
     return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
 
 
-def _windows(x: Image) -> tuple[Image, Image, Image, Image]:
+def _winner(windows: Windows) -> Array:
+    """The place of the highest, the first of several."""
+    (a, b, c, _), y = windows, _highest(windows)
+    return jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
+
+
+def _windows(x: Image) -> Windows:
     """The four pixels of each 2x2 window, row by row."""
     b, h, w, c = x.shape
     x = x[:, : h - h % 2, : w - w % 2].reshape(b, h // 2, 2, w // 2, 2, c)
@@ -233,9 +194,7 @@ def _windows(x: Image) -> tuple[Image, Image, Image, Image]:
 
 def _given_to_winners(x: Image, dy: Image) -> Image:
     height, width = x.shape[1:3]
-    a, b, c, d = _windows(x)
-    y = jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
-    winner = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
+    winner = _winner(_windows(x))
     place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
     dx = jnp.where(winner[:, :, None, :, None] == place, dy[:, :, None, :, None], 0)
     dx = dx.reshape(x.shape[0], height - height % 2, width - width % 2, x.shape[3])

@@ -23,9 +23,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from jaxunet.config import ModelConfig
-from jaxunet.model.conv import conv3x3
-from jaxunet.model.layers import conv1x1, max_pool2x2, relu, up_conv2x2
+from jaxunet.model.conv import conv3x3, conv3x3_joined
+from jaxunet.model.layers import conv1x1, max_pool2x2, relu
 from jaxunet.model.normalization import BatchNorm
+from jaxunet.model.up_conv import up_conv2x2
 
 Features = Float[Array, "batch height width channels"]
 Initializer = Any  # (key, shape, dtype) -> array, as in jax.nn.initializers
@@ -94,19 +95,21 @@ def _for_pixels(bias: Float[Array, " channels"], dtype: Any) -> Float[Array, "1 
 
 
 class Conv(nn.Module):
-    """3x3 convolution, size kept."""
+    """3x3 convolution of an image, or of two joined along their channels; size kept."""
 
     config: ModelConfig
     features: int
 
     @nn.compact
-    def __call__(self, x: Features) -> Float[Array, "batch height width features"]:
-        channels = x.shape[-1]
+    def __call__(self, *parts: Features) -> Float[Array, "batch height width features"]:
+        channels, dtype = sum(x.shape[-1] for x in parts), parts[0].dtype
         kernel_init, bias_init = _initializers(self.config.init, 9 * channels)
-        kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features))
-        y = conv3x3(x, kernel.astype(x.dtype))
+        kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features)).astype(
+            dtype
+        )
+        y = conv3x3_joined(*parts, kernel) if parts[1:] else conv3x3(*parts, kernel)
         if self.config.conv_bias:
-            y += _for_pixels(self.param("bias", bias_init, (self.features,)), x.dtype)
+            y += _for_pixels(self.param("bias", bias_init, (self.features,)), dtype)
         return y
 
 
@@ -128,7 +131,7 @@ class UpConv(nn.Module):
 def double_conv(
     config: ModelConfig,
     axis_name: str | None,
-    x: Features,
+    parts: Sequence[Features],
     weight: Bool[Array, " batch"],
     *,
     middle: int,
@@ -137,15 +140,15 @@ def double_conv(
 ) -> Float[Array, "batch height width {features}"]:
     """Twice convolution, normalisation, ReLU; called inside a level's compact method."""
     for i, width in enumerate((middle, features)):
-        x = Conv(config, width, name=f"conv_{i}")(x)
+        x = Conv(config, width, name=f"conv_{i}")(*parts)
         if config.norm == "batch":
             x = BatchNorm(axis_name, name=f"norm_{i}")(x, weight, train=train)
         elif config.norm == "group":
             groups = min(8, config.width)
             norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=f"norm_{i}")
             x = norm(x.astype(jnp.float32)).astype(x.dtype)
-        x = relu(x)
-    return x
+        parts = [relu(x)]
+    return parts[0]
 
 
 class EncoderLevel(nn.Module):
@@ -163,7 +166,7 @@ class EncoderLevel(nn.Module):
         return double_conv(
             self.config,
             self.axis_name,
-            x,
+            [x],
             weight,
             middle=self.features,
             features=self.features,
@@ -195,11 +198,11 @@ class DecoderLevel(nn.Module):
             skip = center_crop(skip, x.shape[1], x.shape[2])
         else:
             x = center_pad(x, skip.shape[1], skip.shape[2])
-        pair = (x, skip) if self.config.concat == "upsampled_first" else (skip, x)
+        pair = [x, skip] if self.config.concat == "upsampled_first" else [skip, x]
         return double_conv(
             self.config,
             self.axis_name,
-            jnp.concatenate(pair, axis=-1),
+            pair,
             weight,
             middle=middle,
             features=self.features,
