@@ -62,16 +62,9 @@ def center_pad(
     x: Features, height: int, width: int
 ) -> Float[Array, "batch {height} {width} channels"]:
     """`x` in the middle of a zero `height` x `width`; an odd remainder goes to the far side."""
-    rows, columns = height - x.shape[1], width - x.shape[2]
-    return jnp.pad(
-        x,
-        (
-            (0, 0),
-            (rows // 2, rows - rows // 2),
-            (columns // 2, columns - columns // 2),
-            (0, 0),
-        ),
-    )
+    missing = height - x.shape[1], width - x.shape[2]
+    around = [(count // 2, count - count // 2) for count in missing]
+    return jnp.pad(x, ((0, 0), *around, (0, 0)))
 
 
 def upsample_bilinear(x: Features) -> Float[Array, "batch 2*height 2*width channels"]:
@@ -104,10 +97,9 @@ class Conv(nn.Module):
     def __call__(self, *parts: Features) -> Float[Array, "batch height width features"]:
         channels, dtype = sum(x.shape[-1] for x in parts), parts[0].dtype
         kernel_init, bias_init = _initializers(self.config.init, 9 * channels)
-        kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features)).astype(
-            dtype
-        )
-        y = conv3x3_joined(*parts, kernel) if parts[1:] else conv3x3(*parts, kernel)
+        kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features))
+        kernel = kernel.astype(dtype)
+        y = conv3x3_joined(*parts, kernel) if parts[1:] else conv3x3(parts[0], kernel)
         if self.config.conv_bias:
             y += _for_pixels(self.param("bias", bias_init, (self.features,)), dtype)
         return y
