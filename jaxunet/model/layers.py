@@ -34,7 +34,7 @@ def conv1x1(
 
     One matrix product, which for one or two columns XLA makes of multiplications and sums.
     On a TPU, in bfloat16, zeros fill them up to 8, so that it and its kernel's gradient stay
-    on the matrix units.
+    on the matrix units: 1 M cycles of 1.9 less by XLA's estimate for the reference design.
     """
     if x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, kernel, tpu=_filled_product, default=_product)
@@ -113,10 +113,10 @@ def max_pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """2x2 max-pool of stride 2; an odd last row or column is dropped.
 
     Where a maximum is tied, the first one in row-major order takes the whole gradient, as in
-    PyTorch and in XLA's select-and-scatter (ties are common: zeros after a ReLU). On a TPU it
-    is XLA's own, whose windows are no copies there. Elsewhere the gradient is one comparison a
-    pixel: 15 times faster on a CPU, and on a GPU, where it is faster too, the same bits at
-    each run (select-and-scatter has no such form).
+    PyTorch and in XLA's select-and-scatter (ties are common: zeros after a ReLU). The gradient
+    is one comparison a pixel: 15 times faster on a CPU; on a GPU 6% of a step faster, and the
+    same bits at each run (select-and-scatter has no such form). On a TPU it is XLA's own, whose
+    windows are no copies there, but of folded images the comparison again.
     """
     return lax.platform_dependent(x, tpu=_folded_max, default=_max_of_windows)
 
@@ -132,7 +132,7 @@ max_pool2x2.defvjp(
 )
 _pool_gradient.defvjp(
     lambda x, dy: (_pool_gradient(x, dy), (x, dy)),
-    # Only second derivatives come here; select-and-scatter's own needs pairs in one word.
+    # Only second derivatives come here.
     lambda saved, ddx: jax.vjp(_given_to_winners, *saved)[1](ddx),
 )
 

