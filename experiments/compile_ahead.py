@@ -88,7 +88,7 @@ def main() -> None:
     if arguments.beside is not None:
         result["beside"] = points_of(arguments.beside)
     path = arguments.out / f"{arguments.name}.json"
-    hlo = arguments.hlo
+    hlo, first = arguments.hlo, arguments.parallel[0]
     for topology, config in points:
         for parallel in arguments.parallel:
             print(f"Compiling for {topology.name}, {parallel} ({ESTIMATE})", flush=True)
@@ -96,14 +96,16 @@ def main() -> None:
             hlo = None
             result["points"].append(point)
             if len(points) > 1:
-                result["weak_scaling"] = weak_scaling(result["points"])
+                result["weak_scaling"] = weak_scaling(
+                    [p for p in result["points"] if p["setting"]["parallel"] == first]
+                )
             write_json(path, result)  # after each: what is interrupted keeps the others
     if arguments.fit:
         result["largest_batch"] = []
         for topology, config in points:
             for remat in (False, True):
                 other = replace(config, model=replace(config.model, remat=remat))
-                found = largest_batch(topology, other, arguments.parallel[0])
+                found = largest_batch(topology, other, first)
                 result["largest_batch"].append({"topology": topology.name, **found})
                 write_json(path, result)
     draw(result, path.with_suffix(".png"))
