@@ -49,7 +49,7 @@ def compile_only() -> None:
     """Let JAX start nothing but the CPU in this process: it shall compute nothing.
 
     Call it before anything asks JAX for a device; devices that are there stay free for others.
-    What is compiled for other devices can't be loaded here, so nothing is kept for a second start.
+    What is compiled can't be loaded here, so nothing is kept for a second start.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
