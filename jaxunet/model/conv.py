@@ -152,14 +152,16 @@ def conv3x3_joined(
 ) -> Float[Array, "b h w cout"]:
     """`conv3x3` of two images joined along their channels.
 
-    On a TPU it is the sum of two, which stay folded (see `jaxunet.model.folding`); elsewhere
-    one of the joined image, which has more channels to share what it loads.
+    On a TPU, where columns are folded, it is the sum of two, as joining would unfold them;
+    elsewhere one of the joined image, which moves less.
     """
 
     def joined(first: Image, second: Image, kernel: Kernel) -> Image:
         return conv3x3(jnp.concatenate((first, second), axis=3), kernel)
 
     operands = first, second, kernel
+    if columns(first.shape[2], kernel.shape[3]) == 1:
+        return joined(*operands)
     return lax.platform_dependent(*operands, tpu=_sum_of_convs, default=joined)
 
 
@@ -179,6 +181,8 @@ def _joined_gradients(
         dxs = [_input_gradient(dy, half) for half in halves]
         return *dxs, jnp.concatenate(dkernels, axis=2)
 
+    if columns(*dy.shape[2:]) == 1:
+        return joined(*saved, dy)
     return lax.platform_dependent(*saved, dy, tpu=apart, default=joined)
 
 
