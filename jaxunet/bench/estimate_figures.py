@@ -72,6 +72,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.22)
+    axes.set_axisbelow(True)
     finish(axes, f"Steps compiled ahead\n({ESTIMATE})", "milliseconds a step", "")
     if (legend := axes.get_legend()) is not None:
         legend.remove()
