@@ -10,7 +10,7 @@ import numpy as np
 from jaxunet.bench.flops import layers
 from jaxunet.bench.rounds import Contestant, spread, time_rounds
 from jaxunet.config import Config
-from jaxunet.model.layers import conv3x3
+from jaxunet.model.conv import conv3x3
 
 
 def matmul_rate(dtype: str, device: jax.Device, seconds: float = 0.3) -> dict[str, Any]:

@@ -133,21 +133,29 @@ def make_step(
     )
 
 
+def step_of(strategy: Strategy, config: Config, mode: Mode) -> Step:
+    """One of jaxunet's steps, to be compiled for what `arguments_of` it."""
+    recipe = make_recipe(config)
+    if mode == "train":
+        return strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
+    if mode == "eval":
+        return strategy.compile(partial(eval_step, recipe), outputs="replicated")
+    return strategy.compile(partial(predict_step, recipe), outputs="split")
+
+
+def arguments_of(mode: Mode, state: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    """What a step takes of a state and a batch: a replicated tree and a split one."""
+    if mode == "train":
+        return state, batch
+    return state.variables, batch["image"] if mode == "predict" else batch
+
+
 def _step_and_arguments(
     strategy: Strategy, config: Config, mode: Mode, host_state: Any, batch_size: int
 ) -> tuple[Any, tuple[Any, Any]]:
-    recipe = make_recipe(config)
-    batch = strategy.split(random_batch(config, batch_size))
-    state = strategy.replicate(host_state)
-    step: Step
-    if mode == "train":
-        step = strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)
-    elif mode == "eval":
-        step = strategy.compile(partial(eval_step, recipe), outputs="replicated")
-    else:
-        step = strategy.compile(partial(predict_step, recipe), outputs="split")
-        batch = batch["image"]
-    return step, (state if mode == "train" else state.variables, batch)
+    replicated, batch = arguments_of(mode, host_state, random_batch(config, batch_size))
+    arguments = strategy.replicate(replicated), strategy.split(batch)
+    return step_of(strategy, config, mode), arguments
 
 
 def _compile(step: Any, arguments: tuple[Any, Any]) -> tuple[Any, float]:

@@ -61,6 +61,17 @@ class Strategy(Protocol):
         """This process's rows of split outputs, as NumPy arrays."""
         ...
 
+    def outline(self, replicated: Any, batch: Any) -> tuple[Any, Any]:
+        """Shapes and places of a step's arguments, to compile it where no device is.
+
+        Args:
+            replicated, batch: trees of arrays or shapes; the batch is the global one.
+
+        Returns:
+            What `replicate` and `split` would give if all devices were this process's.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class _Placement:
@@ -112,6 +123,24 @@ class _Placement:
     def fetch(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data), tree)
 
+    def outline(self, replicated: Any, batch: Any) -> tuple[Any, Any]:
+        mesh = Mesh(np.asarray(self.devices), (AXIS,))
+
+        def at(spec: PartitionSpec, x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        def rows(x: Any) -> jax.ShapeDtypeStruct:
+            return at(PartitionSpec(AXIS), x, (*self._rows(x.shape[0]), *x.shape[1:]))
+
+        return (
+            jax.tree.map(lambda x: at(PartitionSpec(), x, x.shape), replicated),
+            jax.tree.map(rows, batch),
+        )
+
+    def _rows(self, count: int) -> tuple[int, ...]:
+        """The first axes of a batch of `count` rows."""
+        return (count,)
+
 
 class Pmap(_Placement):
     """`jax.pmap`: split arrays carry a leading axis of devices, replicated ones do not.
@@ -149,6 +178,9 @@ class Pmap(_Placement):
 
     def gather(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: _own_rows(x).reshape(-1, *x.shape[2:]), tree)
+
+    def _rows(self, count: int) -> tuple[int, ...]:
+        return len(self.devices), count // len(self.devices)
 
 
 class ShardMap(_Placement):

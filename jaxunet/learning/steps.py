@@ -184,9 +184,10 @@ def train_step(
     mean = 1 / jnp.maximum(examples, 1).astype(jnp.float32)
     loss, grads = loss * mean, jax.tree.map(lambda g: g * mean, grads)
 
-    with jax.numpy_dtype_promotion("standard"):  # Adam's count is an integer among floats
-        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):  # by which a profile knows it
+        with jax.numpy_dtype_promotion("standard"):  # Adam's count is an integer among floats
+            updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     ema, ema_stats = state.ema, state.ema_stats
     if recipe.ema_decay is not None:
         # None, where there is no batch norm, is a tree without leaves.

@@ -23,8 +23,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from jaxunet.config import ModelConfig
-from jaxunet.model.layers import conv3x3, max_pool2x2, up_conv2x2
+from jaxunet.model.conv import conv3x3, conv3x3_joined
+from jaxunet.model.layers import conv1x1, max_pool2x2, relu
 from jaxunet.model.normalization import BatchNorm
+from jaxunet.model.up_conv import up_conv2x2
 
 Features = Float[Array, "batch height width channels"]
 Initializer = Any  # (key, shape, dtype) -> array, as in jax.nn.initializers
@@ -60,16 +62,9 @@ def center_pad(
     x: Features, height: int, width: int
 ) -> Float[Array, "batch {height} {width} channels"]:
     """`x` in the middle of a zero `height` x `width`; an odd remainder goes to the far side."""
-    rows, columns = height - x.shape[1], width - x.shape[2]
-    return jnp.pad(
-        x,
-        (
-            (0, 0),
-            (rows // 2, rows - rows // 2),
-            (columns // 2, columns - columns // 2),
-            (0, 0),
-        ),
-    )
+    missing = height - x.shape[1], width - x.shape[2]
+    around = [(count // 2, count - count // 2) for count in missing]
+    return jnp.pad(x, ((0, 0), *around, (0, 0)))
 
 
 def upsample_bilinear(x: Features) -> Float[Array, "batch 2*height 2*width channels"]:
@@ -93,19 +88,20 @@ def _for_pixels(bias: Float[Array, " channels"], dtype: Any) -> Float[Array, "1 
 
 
 class Conv(nn.Module):
-    """3x3 convolution, size kept."""
+    """3x3 convolution of an image, or of two joined along their channels; size kept."""
 
     config: ModelConfig
     features: int
 
     @nn.compact
-    def __call__(self, x: Features) -> Float[Array, "batch height width features"]:
-        channels = x.shape[-1]
+    def __call__(self, *parts: Features) -> Float[Array, "batch height width features"]:
+        channels, dtype = sum(x.shape[-1] for x in parts), parts[0].dtype
         kernel_init, bias_init = _initializers(self.config.init, 9 * channels)
         kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features))
-        y = conv3x3(x, kernel.astype(x.dtype))
+        kernel = kernel.astype(dtype)
+        y = conv3x3_joined(*parts, kernel) if parts[1:] else conv3x3(parts[0], kernel)
         if self.config.conv_bias:
-            y += _for_pixels(self.param("bias", bias_init, (self.features,)), x.dtype)
+            y += _for_pixels(self.param("bias", bias_init, (self.features,)), dtype)
         return y
 
 
@@ -127,7 +123,7 @@ class UpConv(nn.Module):
 def double_conv(
     config: ModelConfig,
     axis_name: str | None,
-    x: Features,
+    parts: Sequence[Features],
     weight: Bool[Array, " batch"],
     *,
     middle: int,
@@ -136,15 +132,15 @@ def double_conv(
 ) -> Float[Array, "batch height width {features}"]:
     """Twice convolution, normalisation, ReLU; called inside a level's compact method."""
     for i, width in enumerate((middle, features)):
-        x = Conv(config, width, name=f"conv_{i}")(x)
+        x = Conv(config, width, name=f"conv_{i}")(*parts)
         if config.norm == "batch":
             x = BatchNorm(axis_name, name=f"norm_{i}")(x, weight, train=train)
         elif config.norm == "group":
             groups = min(8, config.width)
             norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=f"norm_{i}")
             x = norm(x.astype(jnp.float32)).astype(x.dtype)
-        x = nn.relu(x)
-    return x
+        parts = [relu(x)]
+    return parts[0]
 
 
 class EncoderLevel(nn.Module):
@@ -162,7 +158,7 @@ class EncoderLevel(nn.Module):
         return double_conv(
             self.config,
             self.axis_name,
-            x,
+            [x],
             weight,
             middle=self.features,
             features=self.features,
@@ -194,11 +190,11 @@ class DecoderLevel(nn.Module):
             skip = center_crop(skip, x.shape[1], x.shape[2])
         else:
             x = center_pad(x, skip.shape[1], skip.shape[2])
-        pair = (x, skip) if self.config.concat == "upsampled_first" else (skip, x)
+        pair = [x, skip] if self.config.concat == "upsampled_first" else [skip, x]
         return double_conv(
             self.config,
             self.axis_name,
-            jnp.concatenate(pair, axis=-1),
+            pair,
             weight,
             middle=middle,
             features=self.features,
@@ -264,8 +260,7 @@ class Head(nn.Module):
         kernel_init, bias_init = _initializers(self.config.init, x.shape[-1])
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.config.num_logits))
         bias = self.param("bias", bias_init, (self.config.num_logits,))
-        logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        return logits + _for_pixels(bias, jnp.float32)
+        return conv1x1(x, kernel.astype(x.dtype)) + _for_pixels(bias, jnp.float32)
 
 
 class UNet(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jaxunet.model.layers import conv3x3, max_pool2x2, up_conv2x2
+from jaxunet.model.conv import conv3x3
 
 # By rule: loops where the processor has them (rows of one to several blocks, each edge of an
 # image, channels of whole blocks and others, near and far ones, strips that end with an image,
@@ -91,36 +91,3 @@ def test_bfloat16_keeps_its_type_and_its_precision():
     assert found.dtype == jnp.bfloat16
     expected = by_hand(x, kernel, dy)[0]
     assert np.abs(np.asarray(found, np.float32) - expected).max() < 0.02 * expected.std() * 9
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 8, 4), (1, 1, 1, 3, 2), (2, 4, 4, 64, 32)])
-def test_the_transposed_convolution_and_its_gradients_are_pytorchs(shape):
-    b, h, w, cin, cout = shape
-    rng = np.random.default_rng(sum(shape))
-    x = rng.normal(size=(b, h, w, cin)).astype(np.float32)
-    kernel = rng.normal(size=(2, 2, cin, cout)).astype(np.float32)
-    dy = rng.normal(size=(b, 2 * h, 2 * w, cout)).astype(np.float32)
-    y, pull_back = jax.vjp(up_conv2x2, jnp.asarray(x), jnp.asarray(kernel))
-    tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
-    tk = torch.from_numpy(kernel).permute(2, 3, 0, 1).requires_grad_()
-    ty = F.conv_transpose2d(tx, tk, stride=2)
-    ty.backward(torch.from_numpy(dy).permute(0, 3, 1, 2))
-    expected = (ty.detach(), tx.grad)
-    for found, each in zip((y, pull_back(jnp.asarray(dy))[0]), expected, strict=True):
-        np.testing.assert_allclose(found, each.permute(0, 2, 3, 1).numpy(), atol=1e-4)
-    found = pull_back(jnp.asarray(dy))[1]
-    np.testing.assert_allclose(found, tk.grad.permute(2, 3, 0, 1).numpy(), atol=2e-4)
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 7, 9, 2), (1, 2, 2, 1), (1, 3, 3, 16)])
-def test_max_pool_and_its_gradient_are_pytorchs_where_maxima_are_tied(shape):
-    rng = np.random.default_rng(sum(shape))
-    x = rng.integers(0, 3, shape).astype(np.float32)  # few values: most windows have ties
-    b, h, w, c = shape
-    dy = rng.normal(size=(b, h // 2, w // 2, c)).astype(np.float32)
-    y, pull_back = jax.vjp(max_pool2x2, jnp.asarray(x))
-    tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
-    ty = F.max_pool2d(tx, 2)
-    ty.backward(torch.from_numpy(dy).permute(0, 3, 1, 2))
-    np.testing.assert_array_equal(y, ty.detach().permute(0, 2, 3, 1).numpy())
-    np.testing.assert_array_equal(pull_back(jnp.asarray(dy))[0], tx.grad.permute(0, 2, 3, 1))

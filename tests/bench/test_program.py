@@ -1,0 +1,77 @@
+"""Costs and collectives read off an optimised program, against a count by hand."""
+
+import pytest
+
+from jaxunet.bench.program import collectives, operations
+
+TPU_PROGRAM = """HloModule jit_train_step, is_scheduled=true
+
+%fused_computation.1 (p.1: bf16[8,16,16,4], p.2: bf16[3,3,4,8]) -> bf16[8,16,16,8] {
+  %p.1 = bf16[8,16,16,4]{3,0,2,1:T(8,128)(2,1)} parameter(0)
+  %p.2 = bf16[3,3,4,8]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.1 = bf16[8,16,16,8]{3,0,2,1:T(8,128)(2,1)} convolution(%p.1, %p.2), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, metadata={op_name="jit(train_step)/jvp(UNet)/encoder/level_1/conv_0/conv_general_dilated"}
+}
+
+%fused_computation.2 (p.3: bf16[8,16,16,8]) -> f32[8] {
+  %p.3 = bf16[8,16,16,8]{3,0,2,1:T(8,128)(2,1)} parameter(0)
+  ROOT %reduce.1 = f32[8]{0:T(128)} reduce(%p.3), dimensions={0,1,2}, to_apply=%region_1.1, metadata={op_name="jit(train_step)/transpose(jvp(UNet))/decoder/level_0/up/reduce_sum"}
+}
+
+ENTRY %main (x: bf16[8,16,16,4], k: bf16[3,3,4,8]) -> f32[8] {
+  %x = bf16[8,16,16,4]{3,0,2,1:T(8,128)(2,1)} parameter(0)
+  %k = bf16[3,3,4,8]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  %fusion.1 = bf16[8,16,16,8]{3,0,2,1:T(8,128)(2,1)} fusion(%x, %k), kind=kOutput, calls=%fused_computation.1, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %copy.1 = bf16[8,16,16,8]{2,3,1,0:T(8,128)(2,1)} copy(%fusion.1), backend_config={"window_config":{"estimated_cycles":"30"}}
+  %fusion.2 = (f32[8]{0:T(128)}, /*index=1*/f32[2]{0:T(128)}) fusion(%copy.1), kind=kLoop, calls=%fused_computation.2, backend_config={"window_config":{"estimated_cycles":"200"}}
+  %adam.1 = f32[8]{0:T(128)} multiply(%fusion.2, %fusion.2), metadata={op_name="jit(train_step)/optimizer/mul"}, backend_config={"window_config":{"estimated_cycles":"4"}}
+  %all-reduce.1 = (f32[8]{0:T(128)}, f32[3,3,4,8]{3,2,1,0:T(8,128)}) all-reduce(%adam.1, %k), channel_id=1, replica_groups={{0,1}}, to_apply=%region_1.1
+  ROOT %max.1 = f32[8]{0:T(128)} maximum(%adam.1, %adam.1), metadata={op_name="jit(train_step)/jvp(UNet)/head/max"}, backend_config={"window_config":{"estimated_cycles":"5"}}
+}
+"""  # noqa: E501
+
+GPU_PROGRAM = """HloModule jit_train_step
+
+%gemm (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(train_step)/jvp(UNet)/decoder/level_0/up/dot_general"}
+}
+
+ENTRY %main (x: bf16[2,8,8,4], k: bf16[6,3,3,4]) -> bf16[64,16] {
+  %x = bf16[2,8,8,4]{3,2,1,0} parameter(0)
+  %k = bf16[6,3,3,4]{3,2,1,0} parameter(1)
+  %conv.1 = (bf16[2,8,8,6]{3,2,1,0}, u8[0]{0}) custom-call(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward", metadata={op_name="jit(train_step)/jvp(UNet)/encoder/level_0/conv_0/conv"}, backend_config={"reification_cost":[]}
+  %add.1 = bf16[64,32]{1,0} add(%x, %x), backend_config={"reification_cost":[{"end_to_end_cycles":2,"exec_time_us":0.5,"compute_time_us":0.1},{"end_to_end_cycles":0,"exec_time_us":9,"name":"sol"}]}
+  ROOT %gemm_fusion = bf16[64,16]{1,0} fusion(%add.1, %k), kind=kCustom, calls=%gemm, backend_config={"reification_cost":[{"exec_time_us":1000.5}]}
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_cycles_have_their_kind_layer_and_pass():
+    found = {each.name: each for each in operations(TPU_PROGRAM)}
+    rows = {
+        name: (each.cycles, each.kind, each.layer, each.backward)
+        for name, each in found.items()
+    }
+    assert rows == {
+        "fusion.1": (1000, "convolution", "encoder/level_1/conv_0", False),
+        "copy.1": (30, "copy and relayout", "", False),
+        "fusion.2": (200, "reduction", "decoder/level_0/up", True),
+        "adam.1": (4, "optimizer", "", False),
+        "max.1": (5, "element by element", "head", False),
+    }
+
+
+def test_collectives_are_counted_with_the_bytes_of_their_results():
+    assert collectives(TPU_PROGRAM) == {"all-reduce": {"count": 1, "bytes": 4 * (8 + 288)}}
+
+
+def test_a_gpus_products_have_their_size_and_the_rest_its_estimate():
+    found = {each.name: each for each in operations(GPU_PROGRAM)}
+    assert set(found) == {"conv.1", "add.1", "gemm_fusion"}
+    assert found["conv.1"].kind == found["gemm_fusion"].kind == "convolution"
+    assert found["conv.1"].flops == pytest.approx(2 * 2 * 8 * 8 * 9 * 4 * 6)
+    assert found["conv.1"].moved_bytes == 2 * (2 * 64 * 4 + 6 * 9 * 4 + 2 * 64 * 6)
+    assert found["gemm_fusion"].flops == pytest.approx(2 * 64 * 32 * 16)
+    assert found["add.1"].microseconds == 0.5
+    assert found["add.1"].flops == 0
