@@ -26,6 +26,7 @@ count: the sums would depend on it."""
 Image = Float[Array, "_ _ _ _"]
 Kernel = Float[Array, "3 3 _ _"]
 Form = Callable[[Image, Kernel], Image]
+Operands = tuple[Image, Image, Kernel]
 
 
 def conv3x3(
@@ -165,21 +166,19 @@ def conv3x3_joined(
     return lax.platform_dependent(*operands, tpu=_sum_of_convs, default=joined)
 
 
-def _joined_gradients(
-    saved: tuple[Image, Image, Kernel], dy: Image
-) -> tuple[Image, Image, Kernel]:
+def _joined_gradients(saved: Operands, dy: Image) -> Operands:
     channels = saved[0].shape[3]
 
-    def joined(first: Image, second: Image, kernel: Kernel, dy: Image) -> tuple[Array, ...]:
+    def joined(first: Image, second: Image, kernel: Kernel, dy: Image) -> Operands:
         dx = _input_gradient(dy, kernel)
         dkernel = _kernel_gradient(jnp.concatenate((first, second), axis=3), dy)
         return dx[..., :channels], dx[..., channels:], dkernel
 
-    def apart(first: Image, second: Image, kernel: Kernel, dy: Image) -> tuple[Array, ...]:
+    def apart(first: Image, second: Image, kernel: Kernel, dy: Image) -> Operands:
         halves = jnp.split(kernel, [channels], axis=2)
         dkernels = [_kernel_gradient(x, dy) for x in (first, second)]
         dxs = [_input_gradient(dy, half) for half in halves]
-        return *dxs, jnp.concatenate(dkernels, axis=2)
+        return dxs[0], dxs[1], jnp.concatenate(dkernels, axis=2)
 
     if columns(*dy.shape[2:]) == 1:
         return joined(*saved, dy)
