@@ -18,6 +18,8 @@ bfloat16 (jax 0.12.0):
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 LANES = 128
@@ -50,19 +52,11 @@ def fold_kernel(kernel: Float[Array, "3 3 cin cout"], count: int) -> Float[Array
     From column p of the block before (-1), the same (0) or the next (1) to column q of a block
     it is `count * block + p - q` columns, which a tap reaches if it is -1, 0 or 1.
     """
-    nothing = jnp.zeros((3, *kernel.shape[2:]), kernel.dtype)
-
-    def tap(block: int, p: int, q: int) -> Array:
-        distance = count * block + p - q
-        return kernel[:, distance + 1] if abs(distance) <= 1 else nothing
-
-    def rows(block: int, p: int) -> Array:
-        return jnp.concatenate([tap(block, p, q) for q in range(count)], axis=2)
-
-    def blocks(block: int) -> Array:
-        return jnp.concatenate([rows(block, p) for p in range(count)], axis=1)
-
-    return jnp.stack([blocks(block) for block in (-1, 0, 1)], axis=1)
+    block, p, q, tap = np.ogrid[-1:2, :count, :count, -1:2]
+    reached = jnp.asarray(count * block + p - q == tap, kernel.dtype)
+    # Products with 0 and 1 are exact; the gradient adds up what columns share in full precision.
+    folded = jnp.einsum("kpqt,rtio->rkpiqo", reached, kernel, precision=lax.Precision.HIGHEST)
+    return folded.reshape(3, 3, count * kernel.shape[2], count * kernel.shape[3])
 
 
 def fold_up_kernel(kernel: Float[Array, "2 2 cin cout"], count: int) -> Float[Array, "2 1 _ _"]:

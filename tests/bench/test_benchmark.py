@@ -14,7 +14,7 @@ from jaxunet.bench import products, rounds, steps
 from jaxunet.bench.flops import forward_flops, layers, train_flops
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.devices.strategies import make_strategy
-from jaxunet.model import layers as conv
+from jaxunet.model import conv, winograd
 from jaxunet.model.unet import make_unet
 
 
@@ -49,8 +49,8 @@ def test_flops_of_a_tiny_model_are_those_of_a_count_by_hand():
     ],
 )
 def test_flops_are_xlas(config, height, columns, monkeypatch):
-    for rule in ("_winograd_pays", "_loops_can"):
-        monkeypatch.setattr(conv, rule, lambda *_: False)
+    for module, rule in ((winograd, "pays"), (conv, "_loops_can")):
+        monkeypatch.setattr(module, rule, lambda *_: False)
     model = make_unet(config)
     key = jax.random.key(0)
     variables = jax.eval_shape(partial(model.init, key), jnp.zeros((1, 16, 16, 3)))

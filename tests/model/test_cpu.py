@@ -17,8 +17,7 @@ import pytest
 from jaxunet.devices.environment import environment
 from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.errors import ConfigError
-from jaxunet.model import cpu
-from jaxunet.model import layers as conv
+from jaxunet.model import conv, cpu
 from jaxunet.model.cpu import calls
 from jaxunet.model.cpu.loops import build
 
