@@ -73,8 +73,9 @@ def estimate(
         if isinstance(compiled, str):
             point[mode]["memory"] = {"fits": False, "reason": compiled}
             continue
-        if hlo is not None and mode == modes[0]:
+        if hlo is not None:
             write_atomically(hlo, compiled.as_text())
+            hlo = None  # of the first step that there is
         point[mode] |= _costs(compiled, topology, config, mode)
     return point
 
@@ -196,17 +197,18 @@ def weak_scaling(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for point in points:
         train = point.get("train", {})
         if "step_seconds" in train:
-            whole = train["step_seconds"] + train["collective_seconds"]
+            computing = train["step_seconds"] - train["seconds_by_kind"]["collective"]
+            whole = computing + train["collective_seconds"]
             rows.append(
                 {
                     "topology": point["setting"]["topology"],
                     "devices": point["setting"]["devices"],
                     "batch_size": point["setting"]["batch_size"],
-                    "compute_seconds": train["step_seconds"],
+                    "compute_seconds": computing,
                     "collective_bytes": sum(e["bytes"] for e in train["collectives"].values()),
                     "collective_seconds": train["collective_seconds"],
                     "images_per_second": point["setting"]["batch_size"] / whole,
-                    "share_computing": train["step_seconds"] / whole,
+                    "share_computing": computing / whole,
                 }
             )
     return rows

@@ -197,7 +197,7 @@ def _size_of_product(
 
     Of the three arrays, each pair shares axes that the third lacks: the root of the product of
     their sizes is the number of multiplications (of a convolution's kernel, its places count in
-    one array only).
+    one array only; a matrix product's batch is in all three).
     """
     result = next(_arrays(instruction.shape), (0, 0))
     operands = [
@@ -208,5 +208,15 @@ def _size_of_product(
     window = re.search(r"window=\{size=(\d+)x(\d+)", instruction.line)
     places = int(window[1]) * int(window[2]) if window else 1
     sizes = [result, *operands]
-    multiplications = math.sqrt(math.prod(count for count, _ in sizes) * places)
+    batch = _batch_of_product(instruction, around)
+    multiplications = math.sqrt(math.prod(count for count, _ in sizes) * places / batch)
     return 2 * multiplications, sum(size for _, size in sizes)
+
+
+def _batch_of_product(instruction: _Instruction, around: dict[str, _Instruction]) -> int:
+    axes = re.search(r"lhs_batch_dims=\{([\d,]+)\}", instruction.line)
+    if axes is None or instruction.operands[0] not in around:
+        return 1
+    [(_, sides)] = _ARRAY.findall(around[instruction.operands[0]].shape)[:1]
+    lengths = [int(side) for side in sides.split(",")]
+    return math.prod(lengths[int(axis)] for axis in axes[1].split(","))

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxunet.errors import ConfigError
-from jaxunet.learning.steps import AXIS
+from jaxunet.learning.steps import AXIS, Recipe
 
 Step = Callable[..., Any]
 Outputs = Literal["replicated", "split"]
@@ -44,8 +44,8 @@ class Strategy(Protocol):
     ) -> Step:
         """A compiled `step(replicated, split, *constants)`.
 
-        The same `functools.partial` of the same things, over the same devices, is compiled
-        once in a process, as a function under `jax.jit` is.
+        A `functools.partial` of the same function and recipe over the same devices is
+        compiled once in a process, as a function under `jax.jit` is.
 
         Args:
             donate: give the step the memory of its first argument.
@@ -87,7 +87,7 @@ class _Placement:
         self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
     ) -> Step:
         options = (tuple(self.devices), outputs, (0,) if donate else (), constants)
-        if isinstance(step, partial) and not step.keywords:
+        if isinstance(step, partial) and step.args and isinstance(step.args[0], Recipe):
             return _compiled_partial(self._compile, step.func, step.args, options)
         return self._compile(step, *options)
 

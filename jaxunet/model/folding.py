@@ -54,7 +54,7 @@ def fold_kernel(kernel: Float[Array, "3 3 cin cout"], count: int) -> Float[Array
     """
     block, p, q, tap = np.ogrid[-1:2, :count, :count, -1:2]
     reached = jnp.asarray(count * block + p - q == tap, kernel.dtype)
-    # Products with 0 and 1 are exact; the gradient adds up at full precision what columns share.
+    # Products with 0 and 1 are exact; what columns share is added up at full precision.
     folded = jnp.einsum("kpqt,rtio->rkpiqo", reached, kernel, precision=lax.Precision.HIGHEST)
     return folded.reshape(3, 3, count * kernel.shape[2], count * kernel.shape[3])
 

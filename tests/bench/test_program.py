@@ -75,3 +75,10 @@ def test_a_gpus_products_have_their_size_and_the_rest_its_estimate():
     assert found["gemm_fusion"].flops == pytest.approx(2 * 64 * 32 * 16)
     assert found["add.1"].microseconds == 0.5
     assert found["add.1"].flops == 0
+
+
+def test_a_product_in_a_batch_is_counted_once_for_each():
+    program = GPU_PROGRAM.replace("[64,", "[5,64,").replace("[32,16]", "[5,32,16]")
+    program = program.replace("lhs_contracting_dims={1}", "lhs_batch_dims={0}")
+    found = {each.name: each for each in operations(program)}
+    assert found["gemm_fusion"].flops == pytest.approx(5 * 2 * 64 * 32 * 16)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -98,6 +99,19 @@ def test_devices_and_strategy_change_no_number(parallel, devices, alone):
     np.testing.assert_allclose(
         found["probabilities"], expected["probabilities"], rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+def test_a_step_of_one_configuration_is_compiled_once_in_a_process(parallel):
+    def compiled(config: Config, devices: int = 2):
+        strategy = make_strategy(parallel, jax.devices()[:devices])
+        return strategy.compile(partial(eval_step, make_recipe(config)), outputs="replicated")
+
+    elsewhere = replace(CONFIG, data=replace(CONFIG.data, synthetic_seed=1))
+    assert compiled(CONFIG) is compiled(elsewhere)
+    others = replace(CONFIG, train=replace(CONFIG.train, threshold=0.25))
+    assert compiled(CONFIG) is not compiled(others)
+    assert compiled(CONFIG) is not compiled(CONFIG, devices=1)
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "jit"])
