@@ -201,6 +201,10 @@ def test_all_bits_of_a_seed_count_and_small_seeds_are_what_they_were():
     assert len({tuple(jax.random.key_data(seed_key(seed)).tolist()) for seed in seeds}) == 5
     folded = jax.random.fold_in(jax.random.key(5), 2**30)
     np.testing.assert_array_equal(*map(jax.random.key_data, (seed_key(5 + 2**62), folded)))
+    with jax.enable_x64(True):  # where JAX's own keys take all bits
+        keys = seed_key(5 + 2**62), seed_key(5 + 2**32)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[0], folded)))
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[1], seed_key(5 + 2**32))))
 
 
 def test_orders_of_large_seeds_are_not_those_of_small_ones_at_another_epoch():

@@ -237,7 +237,7 @@ class Uncut(UNet):
         return images[:, : height - self.rows, : width - self.columns, :1]
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (2, 0), (0, 3)])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (2, 0), (0, 5)])
 def test_what_is_cut_at_one_axis_is_made_up_at_that_axis(rows, columns):
     images = batch_of(1)["image"]
     recipe = recipe_of(model=Uncut(ModelConfig(), None, rows, columns))
@@ -272,6 +272,7 @@ def test_a_state_holds_averages_of_their_own_only_where_the_recipe_asks_for_them
     variables = {"params": {"w": jnp.ones(2)}, "batch_stats": {"m": jnp.zeros(2)}}
     plain = state_from_variables(recipe_of(), variables)
     assert (plain.ema, plain.ema_stats) == (None, None)
+    assert [x.tolist() for x in jax.tree.leaves(plain.opt_state)] == [[0, 0]]  # momentum
     assert plain.variables["params"] is plain.params
     assert plain.variables["batch_stats"] is plain.batch_stats
     averaged = state_from_variables(recipe_of(ema_decay=0.5), variables)
