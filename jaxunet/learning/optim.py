@@ -40,7 +40,7 @@ def make_schedule(config: OptimizerConfig, total_updates: int | None) -> optax.S
         if warmup:
             return optax.linear_schedule(0.0, rate, warmup)
         return optax.constant_schedule(rate)
-    first = optax.warmup_cosine_decay_schedule(0.0 if warmup else rate, rate, warmup, end)
+    first = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, end)
     if config.extend != "cycle":
         return (lambda n: first(jnp.minimum(n, end - 1))) if later else first
     cycles = [

@@ -171,7 +171,7 @@ def train_step(
         )
         truth = center_crop((masks > 0).astype(jnp.float32), *logits.shape[1:3])
         losses = recipe.loss(lesion_logits(logits), truth)
-        return jnp.sum(losses, where=weight), changed.get("batch_stats", {})
+        return jnp.sum(losses, where=weight), changed["batch_stats"]
 
     loss, grads, batch_stats = _sum_over_parts(
         jax.value_and_grad(summed_loss, has_aux=True),

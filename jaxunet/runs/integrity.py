@@ -26,8 +26,7 @@ def checksum_of(state: TrainState, progress: dict[str, Any]) -> int:
     """CRC-32 of the progress and of every array."""
     checksum = zlib.crc32(json.dumps(progress, sort_keys=True).encode())
     for leaf in jax.tree.leaves(state):
-        flat = np.ascontiguousarray(leaf).reshape(-1)
-        checksum = zlib.crc32(flat.view(np.uint8).data, checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, checksum)
     return checksum
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxunet.data.sampler import PADDING, BatchSampler
+from jaxunet.data.sampler import PADDING, BatchSampler, generator
 
 
 def test_every_example_is_seen_exactly_once_an_epoch_and_padding_fills_the_last_batch():
@@ -37,3 +37,15 @@ def test_the_processes_parts_make_up_the_same_global_batch(processes):
             for process in range(processes)
         ]
         assert np.concatenate(parts).tolist() == whole.indices(batch).tolist()
+
+
+def test_large_seeds_repeat_themselves_and_are_nobody_elses():
+    numbers = generator(2**32 + 5, 3).integers(2**62, size=4)
+    assert generator(2**32 + 5, 3).integers(2**62, size=4).tolist() == numbers.tolist()
+    # The first of them is two words long, and would be seed 0 at the places 1 and 3.
+    others = [(2**33 + 5, 3), (2**32 + 5, 4), (2**32, 3), (0, 1, 3)]
+    drawn = [generator(*place).integers(2**62, size=4).tolist() for place in others]
+    assert len({tuple(each) for each in (*drawn, numbers.tolist())}) == 5
+    # One word's are NumPy's own, as ever.
+    expected = np.random.default_rng((2**32 - 1, 3)).integers(2**62, size=4)
+    assert generator(2**32 - 1, 3).integers(2**62, size=4).tolist() == expected.tolist()

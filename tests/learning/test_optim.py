@@ -102,6 +102,10 @@ def test_a_warm_up_given_as_a_share_fits_runs_of_any_length():
         rates = [float(schedule(n)) for n in range(total)]
         assert np.argmax(rates) == min(round(total / 4), total - 1)
         assert max(rates) == 1
+    # However large the share, the last update is at the peak.
+    for total in (1, 2, 3):
+        schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_fraction=0.9), total)
+        assert float(schedule(total - 1)) == 1
     with pytest.raises(ConfigError, match=r"warmup_fraction is 0.25.*warmup_steps is given"):
         OptimizerConfig(warmup_fraction=0.25, warmup_steps=3)
 
@@ -180,6 +184,18 @@ def test_a_run_stopped_early_and_made_longer_first_ends_its_cosine():
     assert rates(shorter, 20, 40) == rates(run_of(5), 20, 40)
 
 
+def test_a_run_made_longer_and_then_as_short_as_before_has_its_first_cosine():
+    longer = run_of(5, extend="cycle", extended_at=(50,))
+    assert rates(longer, 0, 50) == rates(run_of(5), 0, 50)
+    again = extend_schedule(longer, run_of(10), 10, 50)
+    assert again.optimizer.extended_at == (50,)
+
+
+def test_a_run_of_one_update_made_longer_keeps_where_it_ended():
+    longer = extend_schedule(run_of(1), run_of(3, extend="hold"), 1, 1)
+    assert longer.optimizer.extended_at == (1,)
+
+
 def test_what_a_longer_run_was_given_stays_through_a_resume_and_can_not_be_changed():
     longer = extend_schedule(run_of(5), run_of(10, extend="hold"), 10, 50)
     assert extend_schedule(longer, run_of(10), 10, 70) == longer
@@ -192,3 +208,6 @@ def test_a_constant_rate_that_is_made_longer_does_not_warm_up_again():
     longer = extend_schedule(run_of(2, **options), run_of(20, **options), 10, 20)
     assert rates(longer, 0, 20) == rates(run_of(2, **options), 0, 20)
     assert rates(longer, 20, 200) == [1.0] * 180
+    # Without a warm-up nothing needs to be kept.
+    plain = run_of(20, "constant")
+    assert extend_schedule(run_of(2, "constant"), plain, 10, 20) == plain

@@ -199,13 +199,12 @@ def test_all_bits_of_a_seed_count_and_small_seeds_are_what_they_were():
             np.testing.assert_array_equal(found, expected)
     seeds = (5, 5 + 2**32, 5 + 2**33, 5 + 2**62, 2**63 - 1)
     assert len({tuple(jax.random.key_data(seed_key(seed)).tolist()) for seed in seeds}) == 5
-    # The recipe's weights and flips come from this key.
-    recipes = [
-        make_recipe(replace(CONFIG, train=replace(CONFIG.train, seed=seed))) for seed in seeds
-    ]
-    with jax.disable_jit():
-        states = [init_state(recipe) for recipe in recipes]
-    assert len({np.asarray(s.params["head"]["kernel"]).tobytes() for s in states}) == 5
+    folded = jax.random.fold_in(jax.random.key(5), 2**30)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (seed_key(5 + 2**62), folded)))
+    with jax.enable_x64(True):  # where JAX's own keys take all bits
+        keys = seed_key(5 + 2**62), seed_key(5 + 2**32)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[0], folded)))
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[1], seed_key(5 + 2**32))))
 
 
 def test_orders_of_large_seeds_are_not_those_of_small_ones_at_another_epoch():

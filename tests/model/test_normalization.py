@@ -58,6 +58,12 @@ def test_a_single_pixel_has_no_variance_and_padding_alone_is_finite():
     np.testing.assert_allclose(changed["batch_stats"]["var"], [0.9, 0.9], rtol=1e-6)
     y, _ = NORM.apply(variables, x, jnp.zeros(1, bool), train=True, mutable=["batch_stats"])
     assert np.isfinite(y).all()
+    # Of two pixels the unbiased variance is twice the biased.
+    x = jnp.array([3.0, 7.0]).reshape(1, 1, 2, 1).repeat(2, axis=-1)
+    _, changed = NORM.apply(
+        variables, x, jnp.ones(1, bool), train=True, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(changed["batch_stats"]["var"], [0.9 + 0.8] * 2, rtol=1e-6)
 
 
 def test_statistics_are_taken_over_the_named_axis():
