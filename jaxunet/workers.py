@@ -90,7 +90,7 @@ def _work(read: Read, pipe: Connection) -> None:
 def _answer(read: Read, batch: int) -> Any:
     try:
         return read(batch)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the parent raises it
         error.add_note("In a worker process:\n" + traceback.format_exc())
         return error
 

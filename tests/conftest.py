@@ -4,7 +4,7 @@ import tempfile
 
 # Before JAX starts: eight simulated devices, so that sharding is tested everywhere. Compiling
 # takes most of the time; without optimisation it takes half of that. Scripts that are run in
-# a process of their own run as everywhere (`scripts.environment`).
+# a process of their own have one device (`scripts.environment`).
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -24,7 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+# Before the hook: what a hooked module imports first would be compiled from its source.
+import grain  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import optax  # noqa: F401
+import orbax.checkpoint  # noqa: F401
 import pytest
+import tensorflow_datasets  # noqa: F401
 from jaxtyping import install_import_hook
 
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -141,7 +141,7 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     options = ("--model.width", 4, "--model.depth", 2, "--rounds", 2, "--seconds", 0.01)
     options += ("--data.image-size", 16, "--data.prepared-dir", tmp_path / "data")
     options += ("--out", tmp_path)
-    measure = ("--against", "pytorch", "--measure", "train", "training")
+    measure = ("--against", "pytorch", "--measure", "train", "layers", "training")
     output = run_script("benchmark.py", *options, *measure, "--profile", tmp_path / "trace")
     assert "train step over PyTorch's best" in output
     found = json.loads((tmp_path / "benchmark.json").read_text())
@@ -159,6 +159,10 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
     assert set(point["training"]) == {"none", "host", "device"}
     assert found["versions"]["torch"]
+    layers = point["layers"]
+    assert sum(len(entry["layers"]) for entry in layers) == 6
+    batch = point["setting"]["batch_size"]
+    assert [batch, 16, 16, 8, 4] in [entry["shape"] for entry in layers]
     lanes = found["cpu_loops"]
     assert (f"loops of {lanes} lanes" if isinstance(lanes, int) else "no loops: ") in output
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
@@ -166,14 +170,11 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
 
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     sweep = ("--sweep.batch-size", 1, 2, 4, "--name", "sweep")
-    sweep += ("--measure", "train", "layers", "preparation")
+    sweep += ("--measure", "train", "preparation")
     output = run_script("benchmark.py", *options, *sweep)
     assert "Step time grows with batch_size to the power" in output
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert [p["setting"]["batch_size"] for p in found["points"]] == [1, 2, 4]
-    layers = found["points"][2]["layers"]
-    assert sum(len(entry["layers"]) for entry in layers) == 6
-    assert [4, 16, 16, 8, 4] in [entry["shape"] for entry in layers]
     assert set(found["preparation"]) == {"full_decode", "one_core", "all_cores"}
     assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

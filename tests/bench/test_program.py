@@ -27,7 +27,7 @@ ENTRY %main (x: bf16[8,16,16,4], k: bf16[3,3,4,8]) -> f32[8] {
   %all-reduce.1 = (f32[8]{0:T(128)}, f32[3,3,4,8]{3,2,1,0:T(8,128)}) all-reduce(%adam.1, %k), channel_id=1, replica_groups={{0,1}}, to_apply=%region_1.1
   ROOT %max.1 = f32[8]{0:T(128)} maximum(%adam.1, %adam.1), metadata={op_name="jit(train_step)/jvp(UNet)/head/max"}, backend_config={"window_config":{"estimated_cycles":"5"}}
 }
-"""  # noqa: E501
+"""  # noqa: E501 -- the lines are XLA's
 
 GPU_PROGRAM = """HloModule jit_train_step
 
@@ -44,7 +44,7 @@ ENTRY %main (x: bf16[2,8,8,4], k: bf16[6,3,3,4]) -> bf16[64,16] {
   %add.1 = bf16[64,32]{1,0} add(%x, %x), backend_config={"reification_cost":[{"end_to_end_cycles":2,"exec_time_us":0.5,"compute_time_us":0.1},{"end_to_end_cycles":0,"exec_time_us":9,"name":"sol"}]}
   ROOT %gemm_fusion = bf16[64,16]{1,0} fusion(%add.1, %k), kind=kCustom, calls=%gemm, backend_config={"reification_cost":[{"exec_time_us":1000.5}]}
 }
-"""  # noqa: E501
+"""  # noqa: E501 -- the lines are XLA's
 
 
 def test_a_tpus_cycles_have_their_kind_layer_and_pass():

@@ -182,7 +182,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:
+    except Exception as error:  # whatever it is, the others are told
         if not distributed.is_joined():
             raise
         distributed.fail(error, 1)

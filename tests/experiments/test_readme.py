@@ -93,7 +93,7 @@ SMALL = [
     "--data.prepared-dir",
     "prepared",
 ]
-TINY = ["--model.width", 4, "--model.depth", 3]
+TINY = ["--model.width", 4, "--model.depth", 2]
 FEW = ["--data.train-split", "train[:20%]"]
 ONE_EPOCH = ["--train.epochs", 1, "--train.eval-batch-size", 8, "--optimizer.warmup-steps", 0]
 SHORT = {

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from bad_input.ground import run as run_script
+from scripts import environment
 
 from jaxunet.config import (
     Config,
@@ -118,7 +119,7 @@ def in_a_process(config: Config, out: Path, change: str = "", more: str = "", **
     program = out.parent / "program.py"
     program.write_text(PROGRAM.replace("{change}", change.strip()))
     words = [sys.executable, str(program), json.dumps(to_dict(config), default=str), str(out)]
-    kept = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    kept = {**environment(), "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {more}', "sh", *words],
         capture_output=True,
