@@ -52,6 +52,8 @@ def fold_kernel(kernel: Float[Array, "3 3 cin cout"], count: int) -> Float[Array
     From column p of the block before (-1), the same (0) or the next (1) to column q of a block
     it is `count * block + p - q` columns, which a tap reaches if it is -1, 0 or 1.
     """
+    if count == 1:
+        return kernel
     block, p, q, tap = np.ogrid[-1:2, :count, :count, -1:2]
     reached = jnp.asarray(count * block + p - q == tap, kernel.dtype)
     # Products with 0 and 1 are exact; what columns share is added up at full precision.
