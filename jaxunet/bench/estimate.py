@@ -125,7 +125,7 @@ def compile_step(topology: Topology, config: Config, parallel: Parallel, mode: M
     strategy = STRATEGIES[parallel](topology.devices)
     state = jax.eval_shape(partial(init_state, make_recipe(config)))
     arguments = strategy.outline(*arguments_of(mode, state, batch_shapes(config)))
-    lowered = step_of(strategy, config, mode).lower(*arguments)  # type: ignore[attr-defined]
+    lowered = step_of(strategy, config, mode).lower(*arguments)
     try:
         return lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxunet.bench.estimate import ESTIMATE
 from jaxunet.bench.program import KINDS
+from jaxunet.bench.steps import MODES
 from jaxunet.runs.canvas import (
     BLACK,
     BLUE,
@@ -32,7 +33,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     bars = []
     for title, points in (("before", result.get("beside", [])), ("", result["points"])):
         for point in points:
-            for mode in ("train", "eval", "predict"):
+            for mode in MODES:
                 if "step_seconds" in point.get(mode, {}):
                     bars.append((_label(point, mode, title), point[mode]))
     if result.get("beside"):
