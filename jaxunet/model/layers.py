@@ -34,7 +34,8 @@ def conv1x1(
 
     One matrix product, which for one or two columns XLA makes of multiplications and sums.
     On a TPU, in bfloat16, zeros fill them up to 8, so that it and its kernel's gradient stay
-    on the matrix units: 1 M cycles of 1.9 less by XLA's estimate for the reference design.
+    on the matrix units: 0.16 M cycles instead of 0.94 M by XLA's estimate (counted as in
+    `jaxunet.model.folding`).
     """
     return _conv1x1(x, kernel)
 
@@ -104,9 +105,10 @@ def max_pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
     Where a maximum is tied, the first one in row-major order takes the whole gradient, as in
     PyTorch and in XLA's select-and-scatter (ties are common: zeros after a ReLU). The gradient
-    is one comparison a pixel: 15 times faster on a CPU; on a GPU 6% of a step faster, and the
-    same bits at each run (select-and-scatter has no such form). On a TPU it is XLA's own, whose
-    windows are no copies there, but of folded images the comparison again.
+    is one comparison a pixel: on a CPU 15 times faster, timed by itself; on a GPU 6% of a step
+    faster (R and RP in experiments/results/gpu-forms-bfloat16.json), and the same bits at each
+    run (select-and-scatter has no such form). On a TPU it is XLA's own, whose windows are no
+    copies there, but of folded images the comparison again.
     """
     return lax.platform_dependent(x, tpu=_folded_max, default=_max_of_windows)
 
@@ -197,7 +199,7 @@ def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
     On GPU and TPU the gradient's mask is taken of the result (`y != 0`), so that `x` need not
     be kept and ReLU goes into the convolution before it: XLA turns `max(x, 0) > 0` back into
-    `x > 0`. On a CPU, where it costs 2%, it is taken of `x`.
+    `x > 0`. On a CPU, where that costs 2% of a step, it is of `x`.
     """
     return jnp.maximum(x, 0)
 

@@ -22,7 +22,8 @@ def up_conv2x2(
     that puts the blocks' rows below each other (pairs of pixels stay together); its gradients
     are the same two backwards. On a TPU, where such transpositions cost more than the product,
     a convolution of the image with zeros between its pixels, whose gradients are convolutions,
-    too: by XLA's estimate for the reference design on a v5e, 32 M of a step's 73 M cycles less.
+    too: 1.9 M cycles of a v5e's training step instead of 11.2 M by XLA's estimate for the
+    reference design (counted as in `jaxunet.model.folding`).
     """
     return _up(x, kernel)
 
