@@ -49,8 +49,8 @@ def conv3x3(
       takes float64, too), on a TPU of folded images.
 
     GFLOP/s, counted for the direct form, of XLA's convolution and of what is chosen instead
-    (float32, timed by hand, each compiled alone, medians; two cores of an Intel Xeon with AVX-512, jax
-    0.10.2; a product of large matrices reaches 300 there):
+    (float32, timed by hand, each compiled alone, medians; two cores of an Intel Xeon with
+    AVX-512, jax 0.10.2; a product of large matrices reaches 300 there):
 
         batch   pixels   channels     forward       input gradient   kernel gradient
           4    128x128     3 -> 16      28 -> 267      18               33 -> 106
