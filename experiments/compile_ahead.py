@@ -105,6 +105,10 @@ def main() -> None:
         for topology, config in points:
             for remat in (False, True):
                 other = replace(config, model=replace(config.model, remat=remat))
+                print(
+                    f"Looking for the largest batch on {topology.name}, remat {remat}",
+                    flush=True,
+                )
                 found = largest_batch(topology, other, first)
                 result["largest_batch"].append({"topology": topology.name, **found})
                 write_json(path, result)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,20 +83,20 @@ def _costs(compiled: Any, topology: Topology, config: Config, mode: Mode) -> dic
     program, costs = compiled.as_text(), compiled.cost_analysis() or {}
     entry: dict[str, Any] = {}
     entry["memory"] = memory(compiled, topology)
-    entry["flops"] = costs.get("flops")
-    entry["bytes_accessed"] = costs.get("bytes accessed")
+    found = operations(program)
+    # The compiler for GPU counts neither: these are of products, and of each operation.
+    entry["flops"] = costs.get("flops", sum(each.flops for each in found))
+    moved = sum(each.moved_bytes for each in found)
+    entry["bytes_accessed"] = costs.get("bytes accessed", moved)
     entry["collectives"] = collectives(program)
     entry["collective_seconds"] = _collective_seconds(entry["collectives"], topology)
-    found = operations(program)
-    if topology.platform == "tpu":
-        entry["estimated_cycles"] = sum(each.cycles or 0 for each in found)
-        cycles = Counter(dict.fromkeys(KINDS, 0))
-        for each in found:
-            cycles[each.kind] += each.cycles or 0
-        entry["by_kind"] = dict(cycles)
     seconds = dict.fromkeys(KINDS, 0.0)
     for each in found:
         seconds[each.kind] += seconds_of(each, topology)
+    if topology.platform == "tpu":
+        cycles = {kind: round(part * topology.chip.clock) for kind, part in seconds.items()}
+        entry["estimated_cycles"] = sum(cycles.values())
+        entry["by_kind"] = cycles
     total = sum(seconds.values())
     batch_size = config.train.batch_size
     peak = total * topology.chip.flops * len(topology.devices)
@@ -126,7 +125,7 @@ def compile_step(topology: Topology, config: Config, parallel: Parallel, mode: M
     strategy = STRATEGIES[parallel](topology.devices)
     state = jax.eval_shape(partial(init_state, make_recipe(config)))
     arguments = strategy.outline(*arguments_of(mode, state, batch_shapes(config)))
-    lowered = step_of(strategy, config, mode).lower(*arguments)  # type: ignore[attr-defined]
+    lowered = step_of(strategy, config, mode).lower(*arguments)
     try:
         return lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
@@ -163,14 +162,14 @@ def memory(compiled: Any, topology: Topology) -> dict[str, Any]:
 def seconds_of(operation: Operation, topology: Topology) -> float:
     """The estimate for one operation.
 
-    For a product on a GPU what it computes, at the rate that convolutions reach there, or what
-    it moves, at the memory's, whichever takes longer.
+    For a product without the compiler's, as on a GPU, what it computes, at the rate that
+    convolutions reach on an H100, or what it moves, at the memory's, whichever takes longer.
     """
     if operation.cycles is not None:
         return operation.cycles / topology.chip.clock
     if operation.flops:
         rate = H100_CONVOLUTION_SHARE * topology.chip.flops
-        if "f32" in operation.shape:
+        if operation.operands == "f32":
             rate /= 2  # TF32
         return max(operation.flops / rate, operation.moved_bytes / topology.chip.memory_rate)
     return (operation.microseconds or 0.0) / 1e6

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxunet.bench.estimate import ESTIMATE
 from jaxunet.bench.program import KINDS
+from jaxunet.bench.steps import MODES
 from jaxunet.runs.canvas import (
     BLACK,
     BLUE,
@@ -32,7 +33,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     bars = []
     for title, points in (("before", result.get("beside", [])), ("", result["points"])):
         for point in points:
-            for mode in ("train", "eval", "predict"):
+            for mode in MODES:
                 if "step_seconds" in point.get(mode, {}):
                     bars.append((_label(point, mode, title), point[mode]))
     if result.get("beside"):
@@ -40,6 +41,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     scaling = bool(result.get("weak_scaling"))
     figure = Figure(figsize=(9, 1.6 + 0.42 * max(1, len(bars))), layout="constrained")
     axes = figure.subplots()
+    ends = []
     for place, (_, entry) in enumerate(bars):
         end = 0.0
         for kind in KINDS:
@@ -60,8 +62,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 hatch="////",
             )
             end += part
+        ends.append(end)
         axes.annotate(
-            f"{end:.3g} ms, {entry['share_of_peak']:.0%} of peak",
+            f"{end:#.3g} ms, {entry['share_of_peak']:.0%} of peak",
             (end, place),
             xytext=(4, 0),
             textcoords="offset points",
@@ -71,7 +74,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.22)
+    axes.set_xlim(0, 1.25 * max(ends, default=1))  # room for what stands beside the bars
     axes.set_axisbelow(True)
     finish(axes, f"Steps compiled ahead\n({ESTIMATE})", "milliseconds a step", "")
     if (legend := axes.get_legend()) is not None:

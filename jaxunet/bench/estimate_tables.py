@@ -40,7 +40,7 @@ def name_of(point: dict[str, Any]) -> str:
 
 def _costs(points: list[dict[str, Any]]) -> Table:
     table = Table(title=f"Steps compiled ahead: {ESTIMATE}", title_justify="left")
-    for column in ("", *("train", "eval", "predict")):
+    for column in ("", *MODES):
         table.add_column(column, justify="right" if column else "left")
 
     def row(name: str, point: dict[str, Any], cell: Any) -> None:

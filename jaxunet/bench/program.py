@@ -42,8 +42,10 @@ class Operation:
         shape: of its result, in XLA's words.
         cycles: estimated by a TPU's compiler, or None.
         microseconds: estimated by a GPU's, or None.
-        flops, moved_bytes: of a product on a GPU, else 0; a multiplication and its addition
-            count 2, bytes are those of operands and result.
+        moved_bytes: those of its operands and result.
+        flops: of a product without a TPU's estimate, else 0; a multiplication and its addition
+            count 2.
+        operands: the type of what such a product multiplies, in XLA's words.
     """
 
     name: str
@@ -53,8 +55,9 @@ class Operation:
     shape: str
     cycles: int | None = None
     microseconds: float | None = None
-    flops: float = 0
     moved_bytes: int = 0
+    flops: float = 0
+    operands: str = ""
 
 
 @dataclass
@@ -79,13 +82,17 @@ Computations = dict[str, dict[str, _Instruction]]
 
 
 def operations(program: str) -> list[Operation]:
-    """All operations with a cost, of the text of an optimised program."""
+    """All products and all operations with a cost, of the text of an optimised program."""
     computations = _parse(program)
+    fused = {
+        name for around in computations.values() for i in around.values() for name in i.called
+    }
     return [
         operation
-        for instructions in computations.values()
-        for instruction in instructions.values()
-        if (operation := _operation(instruction, instructions, computations)) is not None
+        for name, around in computations.items()
+        for instruction in around.values()
+        if (operation := _operation(instruction, around, computations)) is not None
+        and not (name in fused and operation.flops)  # a product's size is its fusion's
     ]
 
 
@@ -128,9 +135,8 @@ def _operation(
     # The second figure, of the same name, is a bound ("speed of light").
     microseconds = re.search(r'"exec_time_us":([\d.e+-]+)', line)
     inside = list(_inside(instruction, computations))
-    product = next((i for i in inside if i[0].opcode in _PRODUCTS), None)
-    if "__cudnn$conv" in line:
-        product = instruction, around
+    parts = [*inside, (instruction, around)]
+    product = next((part for part in parts if _is_product(part[0])), None)
     if cycles is None and microseconds is None and product is None:
         return None
     source = instruction.source
@@ -140,9 +146,9 @@ def _operation(
         source = source or other.source
     for operand in instruction.operands:  # a copy has no name of its own
         source = source or (around[operand].source if operand in around else "")
-    flops, moved = 0.0, 0
+    size = (0.0, "")
     if cycles is None and product is not None:
-        flops, moved = _size_of_product(*product)
+        size = _size_of_product(*product)
     layer = _LAYER.search(source)
     return Operation(
         instruction.name,
@@ -152,15 +158,20 @@ def _operation(
         instruction.shape,
         int(cycles[1]) if cycles else None,
         float(microseconds[1]) if microseconds else None,
-        flops,
-        moved,
+        _moved_bytes(instruction, around),
+        *size,
     )
+
+
+def _is_product(instruction: _Instruction) -> bool:
+    libraries = re.search(r'custom_call_target="__(cudnn\$conv|cublas\$)', instruction.line)
+    return instruction.opcode in _PRODUCTS or libraries is not None
 
 
 def _inside(
     instruction: _Instruction, computations: Computations
 ) -> Iterator[tuple[_Instruction, dict[str, _Instruction]]]:
-    """The instruction and all that is fused into it, each with those around it."""
+    """All that is fused into the instruction, each with those around it."""
     for name in instruction.called:
         around = computations.get(name, {})
         for other in around.values():
@@ -172,7 +183,7 @@ def _kind(instruction: _Instruction, opcodes: set[str], product: bool, source: s
     opcodes = opcodes or {instruction.opcode}
     if instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return "collective"
-    if product or opcodes & _PRODUCTS:
+    if product:
         return "convolution"
     if "/optimizer/" in source:
         return "optimizer"
@@ -190,33 +201,40 @@ def _arrays(shape: str) -> Iterator[tuple[int, int]]:
         yield count, count * bits // 8
 
 
+def _moved_bytes(instruction: _Instruction, around: dict[str, _Instruction]) -> int:
+    results = list(_arrays(instruction.shape))
+    if instruction.opcode == "custom-call":
+        results = results[:1]  # after which comes a library's workspace
+    operands = [
+        a
+        for name in instruction.operands
+        if name in around
+        for a in _arrays(around[name].shape)
+    ]
+    return sum(size for _, size in results + operands)
+
+
 def _size_of_product(
     instruction: _Instruction, around: dict[str, _Instruction]
-) -> tuple[float, int]:
-    """Operations and bytes of a matrix product, or of a convolution of stride 1.
+) -> tuple[float, str]:
+    """Operations of a matrix product, or of a convolution of stride 1, and its operands' type.
 
     Of the three arrays, each pair shares axes that the third lacks: the root of the product of
     their sizes is the number of multiplications (of a convolution's kernel, its places count in
     one array only; a matrix product's batch is in all three).
     """
-    result = next(_arrays(instruction.shape), (0, 0))
-    operands = [
-        next(_arrays(around[name].shape), (0, 0))
-        for name in instruction.operands[:2]
-        if name in around
-    ]
+    operands = [around[name].shape for name in instruction.operands[:2] if name in around]
+    sizes = [next(_arrays(shape), (0, 0))[0] for shape in (instruction.shape, *operands)]
     window = re.search(r"window=\{size=(\d+)x(\d+)", instruction.line)
     places = int(window[1]) * int(window[2]) if window else 1
-    sizes = [result, *operands]
-    batch = _batch_of_product(instruction, around)
-    multiplications = math.sqrt(math.prod(count for count, _ in sizes) * places / batch)
-    return 2 * multiplications, sum(size for _, size in sizes)
+    batch = _batch_of_product(instruction.line, operands)
+    multiplications = math.sqrt(math.prod(sizes) * places / batch)
+    return 2 * multiplications, _ARRAY.findall(operands[0])[0][0] if operands else ""
 
 
-def _batch_of_product(instruction: _Instruction, around: dict[str, _Instruction]) -> int:
-    axes = re.search(r"lhs_batch_dims=\{([\d,]+)\}", instruction.line)
-    if axes is None or instruction.operands[0] not in around:
+def _batch_of_product(line: str, operands: list[str]) -> int:
+    axes = re.search(r'lhs_batch_dim(?:s=\{|ensions":\[)([\d,"]+)', line)
+    if axes is None or not operands:
         return 1
-    [(_, sides)] = _ARRAY.findall(around[instruction.operands[0]].shape)[:1]
-    lengths = [int(side) for side in sides.split(",")]
-    return math.prod(lengths[int(axis)] for axis in axes[1].split(","))
+    lengths = _ARRAY.findall(operands[0])[0][1].split(",")
+    return math.prod(int(lengths[int(axis)]) for axis in axes[1].replace('"', "").split(","))

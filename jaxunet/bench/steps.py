@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxunet.bench.flops import forward_flops, train_flops
 from jaxunet.config import Config
 from jaxunet.devices import startup
-from jaxunet.devices.strategies import Step, Strategy
+from jaxunet.devices.strategies import Strategy
 from jaxunet.learning.steps import (
     Recipe,
     eval_step,
@@ -133,8 +133,8 @@ def make_step(
     )
 
 
-def step_of(strategy: Strategy, config: Config, mode: Mode) -> Step:
-    """One of jaxunet's steps, to be compiled for what `arguments_of` it."""
+def step_of(strategy: Strategy, config: Config, mode: Mode) -> Any:
+    """One of jaxunet's steps, jitted, to be lowered for what `arguments_of` gives."""
     recipe = make_recipe(config)
     if mode == "train":
         return strategy.compile(partial(train_step, recipe), outputs="replicated", donate=True)

@@ -11,19 +11,10 @@ from typing import Any, Literal
 import jax
 from jax.experimental import topologies
 
+from jaxunet.devices import libtpu
 from jaxunet.devices.chips import H100, TPUS, Chip
 from jaxunet.errors import ConfigError
 
-TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-"""What libtpu asks of the machine or of Google's cloud, where it would wait for an answer. The
-last: it takes one process at a time, as a TPU does, but compiling alone needs none."""
-GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_collect_cost_model_stats": True}
 """Without a card no algorithm can be tried; XLA's estimates of time go into the program."""
 
@@ -76,12 +67,8 @@ def absent(name: str) -> Topology:
 
 
 def _tpu_slice(name: str, kind: str) -> Topology:
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            f"To compile for {name} takes libtpu, which is not installed: "
-            "python -m pip install -e '.[tpu]'. It needs no TPU."
-        )
-    _set_unset(TPU_ENVIRONMENT)
+    _needs("libtpu", "tpu", name, "a TPU")
+    libtpu.answer()
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
@@ -99,12 +86,8 @@ def _tpu_slice(name: str, kind: str) -> Topology:
 
 
 def _gpus(name: str, count: int) -> Topology:
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise ConfigError(
-            f"To compile for {name} takes JAX's CUDA plugin, which is not installed: "
-            "python -m pip install -e '.[cuda]'. It needs no GPU, but 4 GB of disk."
-        )
-    _set_unset(GPU_ENVIRONMENT)
+    _needs("jax_cuda13_plugin", "cuda", name, "a GPU")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     target = Path(__file__).with_name("h100.textproto").read_text(encoding="utf-8")
     try:
         devices = topologies.get_topology_desc(
@@ -117,6 +100,9 @@ def _gpus(name: str, count: int) -> Topology:
     return Topology(name, H100, "gpu", devices, dict(GPU_OPTIONS))
 
 
-def _set_unset(variables: dict[str, str]) -> None:
-    for variable, value in variables.items():
-        os.environ.setdefault(variable, value)
+def _needs(package: str, extra: str, name: str, device: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"To compile for {name} takes {package}, which is not installed: "
+            f"python -m pip install -e '.[{extra}]'. It needs no machine with {device}."
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import platformdirs
 
+from jaxunet.devices import libtpu
 from jaxunet.errors import ConfigError
 from jaxunet.model import cpu
 
@@ -21,6 +22,7 @@ def start() -> None:
     open_closed_streams()
     keep_freed_memory()
     use_compilation_cache()
+    libtpu.answer_if_absent()
 
 
 def open_closed_streams() -> None:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunet.model import cpu, winograd
+from jaxunet.model.bilinear import bilinear, transposed
 from jaxunet.model.folding import columns, fold, fold_kernel, unfold
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -25,7 +26,7 @@ count: the sums would depend on it."""
 
 Image = Float[Array, "_ _ _ _"]
 Kernel = Float[Array, "3 3 _ _"]
-Form = Callable[[Image, Kernel], Image]
+Form = Callable[..., Array]
 Operands = tuple[Image, Image, Kernel]
 
 
@@ -48,8 +49,8 @@ def conv3x3(
       takes float64, too), on a TPU of folded images.
 
     GFLOP/s, counted for the direct form, of XLA's convolution and of what is chosen instead
-    (float32, each compiled alone, medians; two cores of an Intel Xeon with AVX-512, jax
-    0.10.2; a product of large matrices reaches 300 there):
+    (float32, timed by hand, each compiled alone, medians; two cores of an Intel Xeon with
+    AVX-512, jax 0.10.2; a product of large matrices reaches 300 there):
 
         batch   pixels   channels     forward       input gradient   kernel gradient
           4    128x128     3 -> 16      28 -> 267      18               33 -> 106
@@ -73,13 +74,8 @@ def conv3x3(
     return _conv(x, kernel)
 
 
-# The convolution is linear in both operands, and so are its two gradients. The derivatives of
-# each of the three are the other two: they can be differentiated as often as one likes.
-
-
-@jax.custom_vjp
-def _conv(x: Image, kernel: Kernel) -> Image:
-    forms: dict[str, Callable[..., Array]] = {"tpu": _folded_conv}
+def _chosen_conv(x: Image, kernel: Kernel) -> Image:
+    forms: dict[str, Form] = {"tpu": _folded_conv}
     if winograd.pays(x, kernel):
         forms["cpu"] = winograd.conv
     elif _loops_can(x, kernel.shape[3]):
@@ -88,27 +84,21 @@ def _conv(x: Image, kernel: Kernel) -> Image:
     return lax.platform_dependent(x, kernel, **forms, default=_plain_conv)
 
 
-@jax.custom_vjp
-def _input_gradient(dy: Image, kernel: Kernel) -> Image:
+def _chosen_input_gradient(dy: Image, kernel: Kernel) -> Image:
     shape = (*dy.shape[:3], kernel.shape[2])
 
-    def transposed(conv: Form, dy: Image, kernel: Kernel) -> Image:
-        x = jax.ShapeDtypeStruct(shape, dy.dtype)
-        return jax.linear_transpose(lambda x: conv(x, kernel), x)(dy)[0]
+    def gradient_of(conv: Form) -> Form:
+        return lambda dy, kernel: transposed(lambda x: conv(x, kernel), shape, dy)
 
-    forms: dict[str, Callable[..., Array]] = {
-        "tpu": functools.partial(transposed, _folded_conv)
-    }
+    forms: dict[str, Form] = {"tpu": gradient_of(_folded_conv)}
     if winograd.pays(dy, kernel):
         forms["cpu"] = winograd.input_gradient
     elif _loops_can(dy, kernel.shape[2]):
         forms["cpu"] = functools.partial(_call, cpu.INPUT_GRADIENT, shape)
-    plain = functools.partial(transposed, _plain_conv)
-    return lax.platform_dependent(dy, kernel, **forms, default=plain)
+    return lax.platform_dependent(dy, kernel, **forms, default=gradient_of(_plain_conv))
 
 
-@jax.custom_vjp
-def _kernel_gradient(x: Image, dy: Image) -> Kernel:
+def _chosen_kernel_gradient(x: Image, dy: Image) -> Kernel:
     shape = (3, 3, x.shape[3], dy.shape[3])
 
     def loops(x: Image, dy: Image) -> Kernel:
@@ -118,30 +108,17 @@ def _kernel_gradient(x: Image, dy: Image) -> Kernel:
         # One loop over memory; XLA's reduction of the first dimension is far slower.
         return functools.reduce(jnp.add, parts)
 
-    def transposed(conv: Form, x: Image, dy: Image) -> Kernel:
-        kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-        return jax.linear_transpose(lambda kernel: conv(x, kernel), kernel)(dy)[0]
+    def plain(x: Image, dy: Image) -> Kernel:
+        return transposed(lambda kernel: _plain_conv(x, kernel), shape, dy)
 
-    forms: dict[str, Callable[..., Array]] = {
-        "tpu": functools.partial(transposed, _folded_conv)
-    }
+    forms: dict[str, Form] = {"tpu": _folded_kernel_gradient}
     if _loops_can(x, dy.shape[3]):
         forms["cpu"] = loops
-    plain = functools.partial(transposed, _plain_conv)
     return lax.platform_dependent(x, dy, **forms, default=plain)
 
 
-_conv.defvjp(
-    lambda x, kernel: (_conv(x, kernel), (x, kernel)),
-    lambda saved, dy: (_input_gradient(dy, saved[1]), _kernel_gradient(saved[0], dy)),
-)
-_input_gradient.defvjp(
-    lambda dy, kernel: (_input_gradient(dy, kernel), (dy, kernel)),
-    lambda saved, dx: (_conv(dx, saved[1]), _kernel_gradient(dx, saved[0])),
-)
-_kernel_gradient.defvjp(
-    lambda x, dy: (_kernel_gradient(x, dy), (x, dy)),
-    lambda saved, dkernel: (_input_gradient(saved[1], dkernel), _conv(saved[0], dkernel)),
+_conv, _input_gradient, _kernel_gradient = bilinear(
+    _chosen_conv, _chosen_input_gradient, _chosen_kernel_gradient
 )
 
 
@@ -206,6 +183,21 @@ def _plain_conv(x: Image, kernel: Kernel) -> Image:
 def _folded_conv(x: Image, kernel: Kernel) -> Image:
     count = columns(x.shape[2], kernel.shape[3])
     return unfold(_plain_conv(fold(x, count), fold_kernel(kernel, count)), count)
+
+
+def _folded_kernel_gradient(x: Image, dy: Image) -> Kernel:
+    count = columns(*dy.shape[2:])
+    # What columns share is added up before it is rounded.
+    sums = lax.conv_general_dilated(
+        fold(x, count),
+        fold(dy, count),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    shape = (3, 3, x.shape[3], dy.shape[3])
+    return transposed(lambda kernel: fold_kernel(kernel, count), shape, sums).astype(x.dtype)
 
 
 def _loops_can(x: Image, channels: int) -> bool:

@@ -6,13 +6,17 @@ where it has 16, eight. A 3x3 convolution stays one: its kernel's blocks are the
 taps, or zeros. Each operation folds what it takes and unfolds what it gives; XLA drops the pair
 of reshapes between two operations, and moves them past biases and ReLU.
 
-Million cycles that XLA estimates for a TPU v5e, 8 images of 256x256 pixels, 64 channels,
-bfloat16 (jax 0.12.0):
+Million cycles of a TPU v5e, forward and backward, by XLA's estimate for a training step of
+the reference design (8 images, bfloat16, jax 0.12.0.1): sums over the optimised programs of
+experiments/results/ahead-before.json and ahead-after.json, which `--hlo` keeps.
 
-                               unfolded   folded
-    3x3 to 64, forward             1.57     0.73
-      gradient of the input        1.45     0.73
-      gradient of the kernel       0.89     0.61
+                                unfolded   folded
+    encoder/level_0/conv_0          2.98     0.74
+    encoder/level_0/conv_1          7.21     2.17
+    decoder/level_0/conv_0          5.46     4.24
+    decoder/level_0/conv_1          6.60     3.54
+    joining in decoder/level_0     11.87     none
+    pooling                         7.66     1.73
 """
 
 from collections.abc import Sequence
@@ -52,6 +56,8 @@ def fold_kernel(kernel: Float[Array, "3 3 cin cout"], count: int) -> Float[Array
     From column p of the block before (-1), the same (0) or the next (1) to column q of a block
     it is `count * block + p - q` columns, which a tap reaches if it is -1, 0 or 1.
     """
+    if count == 1:
+        return kernel
     block, p, q, tap = np.ogrid[-1:2, :count, :count, -1:2]
     reached = jnp.asarray(count * block + p - q == tap, kernel.dtype)
     # Products with 0 and 1 are exact; what columns share is added up at full precision.

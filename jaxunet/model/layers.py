@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxunet.model.bilinear import bilinear, transposed
 from jaxunet.model.conv import Image
 from jaxunet.model.folding import (
     columns,
@@ -26,7 +27,6 @@ FILLED = 8
 """Rows of a TPU's vector register: fewer columns of a product cost as many."""
 
 
-@jax.custom_vjp
 def conv1x1(
     x: Float[Array, "b h w cin"], kernel: Float[Array, "cin cout"]
 ) -> Float[Array, "b h w cout"]:
@@ -34,43 +34,34 @@ def conv1x1(
 
     One matrix product, which for one or two columns XLA makes of multiplications and sums.
     On a TPU, in bfloat16, zeros fill them up to 8, so that it and its kernel's gradient stay
-    on the matrix units: 1 M cycles of 1.9 less by XLA's estimate for the reference design.
+    on the matrix units: 0.16 M cycles instead of 0.94 M by XLA's estimate (counted as in
+    `jaxunet.model.folding`).
     """
+    return _conv1x1(x, kernel)
+
+
+def _chosen_product(x: Image, kernel: Matrix) -> Image:
     if x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, kernel, tpu=_filled_product, default=_product)
     return _product(x, kernel)
 
 
-@jax.custom_vjp
-def _product_kernel_gradient(x: Image, dy: Image) -> Matrix:
+def _input_gradient(dy: Image, kernel: Matrix) -> Image:
+    shape = (*dy.shape[:3], kernel.shape[0])
+    return transposed(lambda x: _product(x, kernel), shape, dy, kernel.dtype)
+
+
+def _chosen_kernel_gradient(x: Image, dy: Image) -> Matrix:
     def plain(x: Image, dy: Image) -> Matrix:
-        shape = jax.ShapeDtypeStruct((x.shape[3], dy.shape[3]), x.dtype)
-        return jax.linear_transpose(lambda kernel: _product(x, kernel), shape)(dy)[0]
+        shape = (x.shape[3], dy.shape[3])
+        return transposed(lambda kernel: _product(x, kernel), shape, dy, x.dtype)
 
     if x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, dy, tpu=_filled_kernel_gradient, default=plain)
     return plain(x, dy)
 
 
-def _product_input_gradient(dy: Image, kernel: Matrix) -> Image:
-    shape = jax.ShapeDtypeStruct((*dy.shape[:3], kernel.shape[0]), kernel.dtype)
-    return jax.linear_transpose(lambda x: _product(x, kernel), shape)(dy)[0]
-
-
-conv1x1.defvjp(
-    lambda x, kernel: (conv1x1(x, kernel), (x, kernel)),
-    lambda saved, dy: (
-        _product_input_gradient(dy, saved[1]),
-        _product_kernel_gradient(saved[0], dy),
-    ),
-)
-_product_kernel_gradient.defvjp(
-    lambda x, dy: (_product_kernel_gradient(x, dy), (x, dy)),
-    lambda saved, dkernel: (
-        _product_input_gradient(saved[1], dkernel),
-        conv1x1(saved[0], dkernel),
-    ),
-)
+_conv1x1, _, _ = bilinear(_chosen_product, _input_gradient, _chosen_kernel_gradient)
 
 
 def _product(x: Image, kernel: Matrix) -> Image:
@@ -103,9 +94,9 @@ def _filled_kernel_gradient(x: Image, dy: Image) -> Matrix:
         _filled(fold(dy.astype(x.dtype), count)),
         preferred_element_type=jnp.float32,
     )
-    sums = sums[:, : count * dy.shape[3]].astype(x.dtype)
-    kernel = jax.ShapeDtypeStruct((x.shape[3], dy.shape[3]), x.dtype)
-    return jax.linear_transpose(lambda kernel: fold_matrix(kernel, count), kernel)(sums)[0]
+    shape = (x.shape[3], dy.shape[3])
+    sums = sums[:, : count * dy.shape[3]]
+    return transposed(lambda kernel: fold_matrix(kernel, count), shape, sums).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -114,9 +105,10 @@ def max_pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
     Where a maximum is tied, the first one in row-major order takes the whole gradient, as in
     PyTorch and in XLA's select-and-scatter (ties are common: zeros after a ReLU). The gradient
-    is one comparison a pixel: 15 times faster on a CPU; on a GPU 6% of a step faster, and the
-    same bits at each run (select-and-scatter has no such form). On a TPU it is XLA's own, whose
-    windows are no copies there, but of folded images the comparison again.
+    is one comparison a pixel: on a CPU 15 times faster, timed by itself; on a GPU 6% of a step
+    faster (R and RP in experiments/results/gpu-forms-bfloat16.json), and the same bits at each
+    run (select-and-scatter has no such form). On a TPU it is XLA's own, whose windows are no
+    copies there, but of folded images the comparison again.
     """
     return lax.platform_dependent(x, tpu=_folded_max, default=_max_of_windows)
 
@@ -207,7 +199,7 @@ def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
     On GPU and TPU the gradient's mask is taken of the result (`y != 0`), so that `x` need not
     be kept and ReLU goes into the convolution before it: XLA turns `max(x, 0) > 0` back into
-    `x > 0`. On a CPU, where it costs 2%, it is taken of `x`.
+    `x > 0`. On a CPU, where that costs 2% of a step, it is of `x`.
     """
     return jnp.maximum(x, 0)
 

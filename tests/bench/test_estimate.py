@@ -12,10 +12,11 @@ import pytest
 from jaxunet.bench import estimate as estimates
 from jaxunet.bench.estimate_figures import draw
 from jaxunet.bench.estimate_tables import show
+from jaxunet.bench.program import Operation
 from jaxunet.bench.steps import initial_state
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxunet.devices import ahead
-from jaxunet.devices.chips import TPUS
+from jaxunet.devices.chips import H100, H100_CONVOLUTION_SHARE, TPUS
 from jaxunet.devices.strategies import STRATEGIES
 from jaxunet.errors import ConfigError
 
@@ -102,6 +103,17 @@ def test_an_outline_is_of_what_a_strategy_places(name):
         return x.shape, x.dtype, x.sharding
 
     assert jax.tree.map(facts, outline) == jax.tree.map(facts, placed)
+
+
+def test_only_products_of_float32_take_twice_as_long_on_a_gpu():
+    topology = ahead.Topology("h100:1", H100, "gpu", [], {})
+    product = Operation("dot", "convolution", "", False, "f32[2]", flops=1e12, operands="bf16")
+    rate = H100_CONVOLUTION_SHARE * H100.flops
+    assert estimates.seconds_of(product, topology) == pytest.approx(1e12 / rate)
+    single = replace(product, operands="f32")
+    assert estimates.seconds_of(single, topology) == pytest.approx(2e12 / rate)
+    moving = replace(product, moved_bytes=10**11)
+    assert estimates.seconds_of(moving, topology) == pytest.approx(1e11 / H100.memory_rate)
 
 
 def test_weak_scaling_adds_what_the_collectives_take():

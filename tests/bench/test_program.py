@@ -82,3 +82,34 @@ def test_a_product_in_a_batch_is_counted_once_for_each():
     program = program.replace("lhs_contracting_dims={1}", "lhs_batch_dims={0}")
     found = {each.name: each for each in operations(program)}
     assert found["gemm_fusion"].flops == pytest.approx(5 * 2 * 64 * 32 * 16)
+
+
+def test_a_librarys_product_and_one_that_stands_alone_are_counted():
+    library = (
+        "(bf16[64,16]{1,0}, s8[9]{0}) custom-call(%add.1, %k), "
+        'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":'
+        '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
+        '"lhs_batch_dimensions":[]}}}'
+    )
+    alone = "bf16[64,16]{1,0} dot(%add.1, %k), lhs_contracting_dims={1}"
+    program = GPU_PROGRAM.replace("k: bf16[6,3,3,4]", "k: bf16[32,16]")
+    program = program.replace("%k = bf16[6,3,3,4]{3,2,1,0}", "%k = bf16[32,16]{1,0}")
+    fusion = "bf16[64,16]{1,0} fusion(%add.1, %k), kind=kCustom, calls=%gemm"
+    for product in (library, alone):
+        found = {each.name: each for each in operations(program.replace(fusion, product))}
+        assert found["gemm_fusion"].kind == "convolution"
+        assert found["gemm_fusion"].flops == pytest.approx(2 * 64 * 32 * 16)
+        assert found["gemm_fusion"].moved_bytes == 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    batched = library.replace('batch_dimensions":[]', 'batch_dimensions":["0"]')
+    program = program.replace("[64,", "[5,64,").replace("[32,16]", "[5,32,16]")
+    program = program.replace(
+        fusion.replace("[64,", "[5,64,"), batched.replace("[64,", "[5,64,")
+    )
+    found = {each.name: each for each in operations(program)}
+    assert found["gemm_fusion"].flops == pytest.approx(5 * 2 * 64 * 32 * 16)
+
+
+def test_a_products_type_is_that_of_what_it_multiplies():
+    program = GPU_PROGRAM.replace("bf16[64,16]", "f32[64,16]")
+    types = {each.name: each.operands for each in operations(program)}
+    assert types == {"conv.1": "bf16", "gemm_fusion": "bf16", "add.1": ""}

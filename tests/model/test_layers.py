@@ -157,6 +157,29 @@ def test_convolutions_are_exact_in_float64(shape, channels, platform):
             np.testing.assert_allclose(dkernel[i, j], tap, atol=1e-11)
 
 
+# Eight columns folded into one, and three channels beside many.
+@pytest.mark.parametrize("shape", [(2, 8, 16, 32, 16), (2, 8, 8, 3, 64)])
+@pytest.mark.parametrize("operation", [conv3x3, up_conv2x2])
+def test_in_bfloat16_a_kernels_gradient_is_rounded_once(operation, shape, platform):
+    b, h, w, cin, cout = shape
+    rng = np.random.default_rng(sum(shape))
+    side, step = (3, 1) if operation is conv3x3 else (2, 2)
+    shapes = (b, h, w, cin), (side, side, cin, cout), (b, step * h, step * w, cout)
+    x, kernel, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes)
+    found = np.asarray(jax.vjp(operation, x, kernel)[1](dy)[1], np.float64)
+    x, dy = (np.asarray(a, np.float64) for a in (x, dy))
+    if operation is conv3x3:
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        places = [[(padded[:, i : i + h, j : j + w], dy) for j in range(3)] for i in range(3)]
+    else:
+        places = [[(x, dy[:, i::2, j::2]) for j in range(2)] for i in range(2)]
+    expected = np.asarray(
+        [[np.einsum("bhwi,bhwo->io", *place) for place in row] for row in places]
+    )
+    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert error < 2e-3  # one rounding makes 1.66e-3
+
+
 # Called by itself, in float32: XLA's CPU backend has no such product in bfloat16.
 @pytest.mark.parametrize(("width", "channels", "logits"), [(4, 64, 1), (8, 16, 2), (3, 64, 1)])
 def test_the_1x1_convolution_of_a_tpu_is_the_product(width, channels, logits):
