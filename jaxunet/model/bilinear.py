@@ -3,9 +3,15 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 Bilinear = Callable[[Array, Array], Array]
+
+
+def sum_type(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """What to add up products of `dtype` in: at least float32."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def bilinear(

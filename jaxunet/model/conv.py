@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxunet.model import cpu, winograd
-from jaxunet.model.bilinear import bilinear, transposed
+from jaxunet.model.bilinear import bilinear, sum_type, transposed
 from jaxunet.model.folding import columns, fold, fold_kernel, unfold
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -194,7 +194,7 @@ def _folded_kernel_gradient(x: Image, dy: Image) -> Kernel:
         (1, 1),
         ((1, 1), (1, 1)),
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        preferred_element_type=sum_type(x.dtype),
     )
     shape = (3, 3, x.shape[3], dy.shape[3])
     return transposed(lambda kernel: fold_kernel(kernel, count), shape, sums).astype(x.dtype)

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxunet.model.bilinear import bilinear, transposed
+from jaxunet.model.bilinear import bilinear, sum_type, transposed
 from jaxunet.model.conv import DIMENSIONS, Image
 from jaxunet.model.folding import columns, fold, fold_up_kernel, unfold
 
@@ -81,7 +80,7 @@ def _correlate_blocks(x: Image, dy: Image) -> BlockKernel:
     if count == 1:
         return _correlated(x, dy)
     # What columns share is added up before it is rounded.
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = sum_type(x.dtype)
     sums = _correlated(fold(x, count // 2), fold(dy, count), dtype)
     shape = (2, 2, x.shape[3], dy.shape[3])
     return transposed(lambda kernel: fold_up_kernel(kernel, count), shape, sums).astype(x.dtype)
