@@ -144,6 +144,20 @@ def test_a_reader_moves_nothing(folder, opened, capsys):
     assert tree(folder.parent) == before
 
 
+def test_a_reader_removes_nothing_and_a_run_what_is_half_made(folder, opened):
+    half = folder / "5.orbax-checkpoint-tmp"  # a run may be writing it
+    half.mkdir()
+    before = tree(folder)
+    reader = opened(folder)
+    reader._manager.delete(3)
+    assert reader.steps() == [1, 3, 4]
+    assert tree(folder) == before
+    writer = opened(folder, read_only=False)
+    writer.save(state(6), {})  # waits until half-made ones are gone
+    writer.wait()
+    assert not half.exists()
+
+
 def test_the_best_is_read_or_nothing(folder, opened):
     damage(folder, 1)
     with pytest.raises(RunError, match=r"^The checkpoint of step 1 .*its checksum\.$"):
