@@ -1,6 +1,8 @@
 """What the reader of checkpoints makes of good, damaged and missing ones of a few numbers."""
 
+import errno
 import json
+import os
 import shutil
 import time
 import zlib
@@ -156,6 +158,34 @@ def test_a_reader_removes_nothing_and_a_run_what_is_half_made(folder, opened):
     writer.save(state(6), {})  # waits until half-made ones are gone
     writer.wait()
     assert not half.exists()
+
+
+def test_what_is_to_be_saved_is_saved_whatever_came_after_it(folder, opened):
+    writer = opened(folder, read_only=False)
+    writer.save(state(2), {"at": 2}, {"dice": 0.9})
+    writer.wait()
+    assert writer.restore("best", LIKE)[0] == 2
+
+
+def test_a_folder_that_cannot_be_made_is_not_waited_for(folder, opened, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = opened(folder, read_only=False)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(RunError, match="No space left"):
+        writer.save(state(5), {})  # in this thread
+
+
+def test_of_several_processes_the_first_waits_for_no_other(folder, monkeypatch):
+    made = mock.create_autospec(orbax.Manager)
+    monkeypatch.setattr(orbax, "Manager", made)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    orbax.open_manager(folder, "dice", read_only=False)
+    options = made.call_args.kwargs["options"]
+    assert not options.create
+    assert options.multiprocessing_options.active_processes == {0}
+    assert options.multiprocessing_options.barrier_sync_key_prefix
 
 
 def test_the_best_is_read_or_nothing(folder, opened):
