@@ -177,11 +177,11 @@ def test_a_folder_that_cannot_be_made_is_not_waited_for(folder, opened, monkeypa
         writer.save(state(5), {})  # in this thread
 
 
-def test_of_several_processes_the_first_waits_for_no_other(folder, monkeypatch):
+def test_of_several_processes_the_first_waits_for_no_other(tmp_path, monkeypatch):
     made = mock.create_autospec(orbax.Manager)
     monkeypatch.setattr(orbax, "Manager", made)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    orbax.open_manager(folder, "dice", read_only=False)
+    orbax.open_manager(tmp_path, "dice", read_only=False)
     options = made.call_args.kwargs["options"]
     assert not options.create
     assert options.multiprocessing_options.active_processes == {0}
