@@ -19,23 +19,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import atexit
+import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-# Before the hook: what a hooked module imports first would be compiled from its source.
-import grain  # noqa: F401
-import matplotlib.figure  # noqa: F401
-import optax  # noqa: F401
-import orbax.checkpoint  # noqa: F401
 import pytest
-import tensorflow_datasets  # noqa: F401
 from jaxtyping import install_import_hook
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))
+# What a hooked module is the first to import would be compiled from its source: 5 s a process.
+for name in ("grain", "matplotlib.figure", "optax", "orbax.checkpoint", "tensorflow_datasets"):
+    importlib.import_module(name)
 install_import_hook("jaxunet", "typechecker.checked")
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "isic2018"

@@ -34,8 +34,8 @@ def open_closed_streams() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 -- it stays open
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 -- it stays open
 
 
 def keep_freed_memory() -> bool:

@@ -9,13 +9,13 @@ from jaxunet.runs.record import read_metrics
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_memory_files_and_checkpoints_stay_flat(tmp_path):
     """A short one; `experiments/results/long-run.json` holds one of 10,000 steps."""
-    found = long_run.watch(800, tmp_path, interval=0.1, progress=False)
+    found = long_run.watch(1200, tmp_path, interval=0.1, progress=False)
     assert found["flat"]["memory"], found["resident_bytes"]
     assert found["flat"]["open_files"], found["open_files"]
     assert found["flat"]["checkpoints"], found["checkpoints"]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if line["split"] == "validation"] == list(
-        range(100, 801, 100)
+        range(100, 1201, 100)
     )
 
 
