@@ -18,7 +18,7 @@ from jaxunet.config import Config, DataConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.data.sources import Pair
-from jaxunet.devices import distributed
+from jaxunet.devices import distributed, tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
@@ -55,7 +55,7 @@ class Data(DataConfig):
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(tuning.Tuning):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     split: str = "validation"
@@ -140,6 +140,7 @@ def main() -> None:
     arguments = parse(Arguments, DESCRIPTION)
     if arguments.zip and not arguments.native:
         raise ConfigError("--zip packs the masks that --native writes: add --native.")
+    tuning.use(arguments, arguments.run)
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
