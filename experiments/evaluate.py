@@ -131,7 +131,7 @@ def score_originals(
         out,
         image_size=config.data.image_size,
         threshold=config.train.threshold,
-        batch_size=config.train.eval_batch_size,
+        batch_size=tuning.eval_batch_size(config.train),
     )
     return Evaluation(counts, None, time.perf_counter() - start)
 
@@ -152,7 +152,8 @@ def main() -> None:
     )
     chosen, on_purpose = choose_data(arguments, model.config.data)
     config = replace(model.config, data=chosen)
-    check_divisible("train.eval_batch_size", config.train.eval_batch_size, jax.device_count())
+    eval_batch_size = tuning.eval_batch_size(config.train)
+    check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     strategy = make_strategy(arguments.parallel)
     if arguments.native:
         pairs, dataset = originals(chosen, split)

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import jax
 import platformdirs
 
+from jaxunet.config import TrainConfig
+
 LEVELS = {"full": 4, "quick": 2, "none": 0}  # of xla_gpu_autotune_level in XLA's xla.proto
 LEVEL = "--xla_gpu_autotune_level"
 EXACT = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeterministic_ops=true")
@@ -71,6 +73,14 @@ def use(options: Tuning, run: Path | None = None) -> None:
     if searches and not any(flag.startswith((LOAD, DUMP)) for flag in flags):
         flags += _open_folder(options.tune, run)
     os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def eval_batch_size(train: TrainConfig) -> int:
+    """Images in a global batch of evaluation, on the devices that JAX has started."""
+    if train.eval_batch_size is not None:
+        return train.eval_batch_size
+    # A search is for one shape; that of training's batches is done.
+    return train.batch_size if jax.devices()[0].platform == "gpu" else 4
 
 
 def on_gpu() -> bool:
