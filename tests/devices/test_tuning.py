@@ -5,22 +5,27 @@ No card is needed: where JAX starts is pretended, and so is what XLA leaves behi
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from scripts import SMALL
 from scripts import run as run_script
 
+from jaxunet.config import TrainConfig
 from jaxunet.devices import tuning
 from jaxunet.devices.tuning import Tuning
+from jaxunet.runs.loading import load
 
 SEARCH = """
 import os, sys
 from pathlib import Path
+from jaxunet.config import TrainConfig
 from jaxunet.devices import tuning
 tuning.on_gpu = lambda: True
 run, found = Path(sys.argv[1]), sys.argv[2]
@@ -138,7 +143,8 @@ def test_a_run_goes_on_with_the_results_it_began_with(tmp_path):
 
 def test_on_a_cpu_the_options_change_nothing(tmp_path):
     words = ("train.py", *SMALL, "--data.prepared-dir", tmp_path / "data")
-    run_script(*words, "--tune", "none", "--deterministic", "--out", tmp_path / "run")
+    said = run_script(*words, "--tune", "none", "--deterministic", "--out", tmp_path / "run")
+    assert len(re.findall(r"compiled the train and eval steps in \d+\.\d s", said)) == 1
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["tuning"] == "not on a GPU"
     assert not (tmp_path / "run" / "tuning").exists()
@@ -166,3 +172,33 @@ def test_else_it_takes_a_card_and_what_drives_it(monkeypatch, tmp_path):
     assert tuning.on_gpu()
     monkeypatch.setattr(tuning, "PLUGINS", ("not_a_plugin",))
     assert not tuning.on_gpu()
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", 4), ("tpu", 4), ("gpu", 32)])
+def test_only_a_gpu_evaluates_in_training_batches_unless_asked_otherwise(
+    monkeypatch, platform, expected
+):
+    monkeypatch.setattr(tuning.jax, "devices", lambda: [SimpleNamespace(platform=platform)])
+    assert tuning.eval_batch_size(TrainConfig(batch_size=32)) == expected
+    assert tuning.eval_batch_size(TrainConfig(batch_size=32, eval_batch_size=6)) == 6
+
+
+@pytest.mark.skipif(
+    jax.devices()[0].platform != "gpu",
+    reason="takes a GPU: on a CPU all runs are equal bit for bit, as test_training.py shows",
+)
+def test_deterministic_runs_and_a_resumed_one_are_equal_on_a_gpu(tmp_path, monkeypatch):
+    # Else the second process would find the programs of the first.
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    words = ["train.py", *SMALL, "--optimizer.schedule", "constant", "--deterministic"]
+    words += ["--data.prepared-dir", tmp_path / "data"]
+    for run in ("a", "b"):
+        run_script(*words, "--out", tmp_path / run)
+    run_script(*words, "--train.epochs", 1, "--out", tmp_path / "resumed")
+    run_script(*words, "--out", tmp_path / "resumed", "--resume")
+    recorded = json.loads((tmp_path / "resumed" / "config.json").read_text())["tuning"]
+    assert recorded["deterministic"]
+    a, b, resumed = (load(tmp_path / run) for run in ("a", "b", "resumed"))
+    assert a.step == b.step == resumed.step > 1
+    for other in (b, resumed):
+        jax.tree.map(np.testing.assert_array_equal, a.variables, other.variables)
