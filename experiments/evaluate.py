@@ -18,7 +18,7 @@ from jaxunet.config import Config, DataConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.data.sources import Pair
-from jaxunet.devices import distributed
+from jaxunet.devices import distributed, tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
@@ -55,7 +55,7 @@ class Data(DataConfig):
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(tuning.Tuning):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     split: str = "validation"
@@ -131,7 +131,7 @@ def score_originals(
         out,
         image_size=config.data.image_size,
         threshold=config.train.threshold,
-        batch_size=config.train.eval_batch_size,
+        batch_size=tuning.eval_batch_size(config.train),
     )
     return Evaluation(counts, None, time.perf_counter() - start)
 
@@ -140,6 +140,7 @@ def main() -> None:
     arguments = parse(Arguments, DESCRIPTION)
     if arguments.zip and not arguments.native:
         raise ConfigError("--zip packs the masks that --native writes: add --native.")
+    tuning.use(arguments, arguments.run)
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
@@ -151,7 +152,8 @@ def main() -> None:
     )
     chosen, on_purpose = choose_data(arguments, model.config.data)
     config = replace(model.config, data=chosen)
-    check_divisible("train.eval_batch_size", config.train.eval_batch_size, jax.device_count())
+    eval_batch_size = tuning.eval_batch_size(config.train)
+    check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     strategy = make_strategy(arguments.parallel)
     if arguments.native:
         pairs, dataset = originals(chosen, split)

@@ -14,6 +14,7 @@ from command_line import parse, run_script
 
 from jaxunet.config import require_at_least
 from jaxunet.data.images import read_image
+from jaxunet.devices import tuning
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
@@ -23,7 +24,7 @@ from jaxunet.runs.record import load_config
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(tuning.Tuning):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -55,6 +56,7 @@ def listed(paths: list[Path]) -> str:
 
 def main() -> int:
     arguments = parse(Arguments, "Predict masks for pictures.")
+    tuning.use(arguments, arguments.run)
     suffixes = [MASK_SUFFIX]
     suffixes += [OVERLAY_SUFFIX] * arguments.overlay
     suffixes += [PROBABILITY_SUFFIX] * arguments.probabilities

@@ -18,6 +18,7 @@ from rich.table import Table
 from jaxunet.config import Config
 from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
+from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
@@ -31,7 +32,7 @@ LABELS = {"pytorch": "PyTorch", "jaxunet": "jaxunet"}
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
+class Arguments(tuning.Tuning, Config):
     against: Literal["nothing", "pytorch"] = "nothing"
     """Also train the reference in PyTorch on the same weights, order and flips."""
     seeds: tuple[int, ...] = (0,)
@@ -135,6 +136,7 @@ def main() -> None:
     start = reference()
     default = Arguments(start.data, start.model, start.optimizer, start.train)
     arguments = parse(Arguments, "Reproduce the reference's protocol.", default)
+    tuning.use(arguments)
     check(arguments)
     config = arguments.config
     data = prepare(config.data)

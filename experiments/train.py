@@ -12,14 +12,19 @@ from presets import PRESETS
 
 from jaxunet.config import Config
 from jaxunet.data import prepare
-from jaxunet.devices import distributed
+from jaxunet.devices import distributed, tuning
 from jaxunet.runs.directory import RunDirectory
-from jaxunet.runs.record import config_of_main, load_config, recorded_fingerprint
+from jaxunet.runs.record import (
+    config_of_main,
+    load_config,
+    read_record,
+    recorded_fingerprint,
+)
 from jaxunet.runs.training import train
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
+class Arguments(tuning.Tuning, Config):
     out: Path | None = None
     """Run directory to write (none: runs/PRESET)."""
     resume: bool = False
@@ -42,15 +47,18 @@ def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
     start = preset(name or "demo")
     described = f"Train a U-Net. PRESET is one of {', '.join(PRESETS)} (none: demo)."
     run = look_ahead(rest)
-    if name is None and run.resume and run.out and (run.out / "config.json").exists():
-        start = load_config(run.out)
-    default = Arguments(start.data, start.model, start.optimizer, start.train)
+    kept = {}
+    if run.resume and run.out and (run.out / "config.json").exists():
+        kept = tuning.recorded(read_record(run.out))
+        start = start if name else load_config(run.out)
+    default = Arguments(start.data, start.model, start.optimizer, start.train, **kept)
     arguments = parse(Arguments, described, default, rest)
     return arguments, arguments.out or Path("runs") / (name or "demo")
 
 
 def main() -> None:
     arguments, out = read_arguments(sys.argv[1:])
+    tuning.use(arguments, out)
     if arguments.distributed:
         distributed.initialize()
     config = config_of_main(lambda: arguments.config)

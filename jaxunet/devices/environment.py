@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxunet.devices import tuning
 from jaxunet.model import cpu
 from jaxunet.workers import usable_cores
 
@@ -22,8 +23,9 @@ def environment(*others: str) -> dict[str, Any]:
     Returns:
         `versions`, by package (None for one that is used without being installed, as jaxunet
         from a checkout); `devices`; `host`; `cpu_loops`, how many lanes the loops of
-        `jaxunet.model.cpu` have, or why they are off; `git_commit` of jaxunet's code (None
-        outside its repository).
+        `jaxunet.model.cpu` have, or why they are off; `tuning`, how a GPU's algorithms were
+        chosen (`jaxunet.devices.tuning`); `git_commit` of jaxunet's code (None outside its
+        repository).
     """
     packages = (
         "jaxunet",
@@ -50,6 +52,7 @@ def environment(*others: str) -> dict[str, Any]:
         },
         "host": {"machine": platform.machine(), "cpu": _cpu_model(), "cores": usable_cores()},
         "cpu_loops": cpu.status() if devices[0].platform == "cpu" else "not on a CPU",
+        "tuning": tuning.record() if devices[0].platform == "gpu" else "not on a GPU",
         "git_commit": _git_commit(),
     }
 

@@ -20,6 +20,7 @@ from jaxunet.config_json import to_dict
 from jaxunet.data.pipeline import make_batches
 from jaxunet.data.reader import DataSource, HostBatch
 from jaxunet.data.sampler import BatchSampler
+from jaxunet.devices import tuning
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
@@ -168,7 +169,7 @@ def _tensors(
 def _evaluate(
     model: torch.nn.Module, source: DataSource, config: Config, device: torch.device
 ) -> dict[str, Any]:
-    order = BatchSampler(len(source), config.train.eval_batch_size)
+    order = BatchSampler(len(source), tuning.eval_batch_size(config.train))
     counts, losses = [], []
     for batch in make_batches(source, config.data, order, order.batches_per_epoch):
         images, masks = _tensors(batch, device)

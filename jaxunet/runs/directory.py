@@ -38,6 +38,7 @@ LOCK = ".jaxunet-lock"
 CONTINUABLE = (
     "train.epochs",
     "train.checkpoint_every",
+    "train.eval_batch_size",
     "optimizer.extend",  # what it changes, and whether it may, is said by `extend_schedule`
     "optimizer.extended_at",
     "data.dir",

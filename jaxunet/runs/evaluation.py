@@ -15,6 +15,7 @@ from jaxunet.config import Config
 from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared
 from jaxunet.data.sampler import BatchSampler
+from jaxunet.devices import tuning
 from jaxunet.devices.distributed import same_everywhere
 from jaxunet.devices.environment import environment
 from jaxunet.devices.feed import Feed
@@ -76,7 +77,7 @@ def evaluate(
     start = time.perf_counter()
     order = BatchSampler(
         len(feed),
-        config.train.eval_batch_size,
+        tuning.eval_batch_size(config.train),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -14,6 +14,8 @@ from jaxunet.config import Config
 from jaxunet.config_json import to_dict
 from jaxunet.data.prepare import Prepared
 from jaxunet.data.sampler import BatchSampler
+from jaxunet.devices import tuning
+from jaxunet.devices.compiling import Compilation
 from jaxunet.devices.distributed import is_main
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.startup import say_if_loops_are_off
@@ -66,15 +68,17 @@ class Trainer:
         )
         devices = len(jax.devices())
         check_divisible("train.batch_size", config.train.batch_size, devices)
-        check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
+        self.eval_batch_size = tuning.eval_batch_size(config.train)
+        check_divisible("train.eval_batch_size", self.eval_batch_size, devices)
         self.data, self.run = data, run
         self.show_progress = show_progress and is_main()
         if is_main():
             say_if_loops_are_off()
         self.strategy = make_strategy(parallel)
         self.own_strategy = make_strategy(parallel, jax.local_devices())
+        feed = partial(Feed, self.strategy)
         self.train_feed, self.validation_feed = (
-            Feed(self.strategy, data.source(split), config.data, progress=self.show_progress)
+            feed(data.source(split), config.data, progress=self.show_progress, fill=False)
             for split in (config.data.train_split, config.data.validation_split)
         )
         self.order = BatchSampler(
@@ -106,6 +110,9 @@ class Trainer:
             self.eval_step = self.validation_feed.compile(
                 partial(eval_step, self.recipe), outputs="replicated"
             )
+            self._compilation = self._compile()
+            self.train_feed.fill()  # meanwhile
+            self.validation_feed.fill()
             self.batches = self.train_feed.batches(
                 self.order, self.total_steps + self.position.shift
             )
@@ -132,8 +139,25 @@ class Trainer:
                 show=self.show_progress,
             )
             with closing(journal), stop_requests() as received:
+                self._compilation.finish()
                 evaluation = self._train(journal, StopVote(self.strategy, received))
                 return self._finish(journal, evaluation)
+
+    def _compile(self) -> Compilation:
+        """Begin to compile both steps at the same time.
+
+        With several processes pmap is given one's part of a batch, so each step is compiled
+        when it is first called.
+        """
+        settings: Any = jax.config
+        lowered = []
+        if not settings.jax_disable_jit and jax.process_count() == 1:
+            count, eval_count = self.config.examples_per_step, self.eval_batch_size
+            lowered = [
+                self.train_feed.lower(self.train_step, self.state, count),
+                self.validation_feed.lower(self.eval_step, self.state.variables, eval_count),
+            ]
+        return Compilation("the train and eval steps", lowered, show=self.show_progress)
 
     def _train(self, journal: Journal, stop_vote: StopVote) -> Evaluation:
         evaluation: Evaluation | None = None
@@ -217,6 +241,8 @@ class Trainer:
             self.checkpoints.wait()
             self.run.write_config()  # which says that there is one
             self.has_checkpoints = True
+        if is_main():
+            tuning.keep(self.run.path)
 
     def _stop(self, number: int) -> NoReturn:
         self.checkpoints.wait()
@@ -252,7 +278,7 @@ class Trainer:
             evaluation.counts,
             self.validation_feed.source,
             image_size=data.image_size,
-            batch_size=train.eval_batch_size,
+            batch_size=self.eval_batch_size,
             threshold=train.threshold,
             title=f"{dataset['name']} {dataset['split']}, after {train.epochs} epochs: "
             f"mean Dice {evaluation.scores['per_image']['dice']:.3f}",

@@ -279,6 +279,14 @@ def test_a_configuration_that_does_not_fit_is_refused_by_field(config, data, unb
         train(other, data, out, resume=True, show_progress=False)
 
 
+def test_a_run_of_before_goes_on_with_the_evaluation_batch_of_today(config, unbroken):
+    """Presets name none any more, and those recorded are 4 or more."""
+    out, _ = unbroken["pmap"]
+    today = replace(config, train=replace(config.train, eval_batch_size=None))
+    RunDirectory(out, today, resume=True).close()
+    assert load_config(out).train.eval_batch_size == 8
+
+
 def test_a_run_directory_is_never_overwritten_in_silence(config, data, unbroken, tmp_path):
     out, _ = unbroken["pmap"]
     before = (out / "summary.json").read_bytes()
