@@ -87,7 +87,8 @@ def parts(arguments: Arguments, results: Path) -> list[Part]:
         return [sys.executable, str(HERE / script), *map(str, (*words, *options))]
 
     def benchmark(name: Name, *words: object, batch_size: int = 32) -> list[str]:
-        size = ("--model.width", 64, "--data.image-size", 256, "--rounds", 6, "--seconds", 0.5)
+        size: tuple[object, ...] = ("--model.width", 64, "--data.image-size", 256)
+        size += ("--rounds", 6, "--seconds", 0.5)
         if quick:
             size = ("--model.width", 2, "--data.image-size", 16, "--rounds", 2)
             size += ("--model.depth", 2, "--seconds", 0.01, "--data.synthetic-train", 8)
