@@ -24,6 +24,7 @@ from jaxunet.bench.setting import Setting, Timing
 from jaxunet.bench.tables import show, title
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxunet.config_json import to_dict
+from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import check_divisible
 from jaxunet.errors import ConfigError
@@ -57,7 +58,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Arguments(Timing, Config):
+class Arguments(tuning.Tuning, Timing, Config):
     sweep: Sweep = field(default_factory=Sweep)
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
@@ -121,6 +122,7 @@ def main() -> None:
         train=TrainConfig(batch_size=4, eval_batch_size=4, augment="none"),
     )
     arguments = parse(Arguments, "Measure step throughput.", default)
+    tuning.use(arguments)
     if arguments.rounds < 1:
         raise ConfigError(f"--rounds is {arguments.rounds}, but at least 1 must be timed.")
     check_writable(arguments.out, "--out")

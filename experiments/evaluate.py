@@ -27,7 +27,13 @@ from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
-from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
+from jaxunet.runs.record import (
+    other_data,
+    read_record,
+    recorded_dataset,
+    recorded_fingerprint,
+    recorded_tuning,
+)
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
 T = TypeVar("T")
@@ -140,7 +146,8 @@ def main() -> None:
     arguments = parse(Arguments, DESCRIPTION)
     if arguments.zip and not arguments.native:
         raise ConfigError("--zip packs the masks that --native writes: add --native.")
-    tuning.use(arguments, arguments.run)
+    tuned = recorded_tuning(arguments.run)
+    tuning.use(arguments, arguments.run, tuned, several=arguments.distributed)
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
@@ -193,6 +200,7 @@ def main() -> None:
         )
     if not distributed.is_main():
         return
+    tuning.keep(run)
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
     trained_on = recorded_dataset(read_record(run))

@@ -6,6 +6,7 @@ a folder that is packed again every few seconds. So a cut keeps what there was: 
 (results, figures and the log of each part).
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -15,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 from command_line import parse, run_script
+from gpu_parts import HERE, Name, Part, parts
 
 from jaxunet.bench.card import card, share_memory
 from jaxunet.config import require_positive
@@ -29,20 +31,8 @@ from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
 
-HERE = Path(__file__).parent
 ROOT = HERE.parent
 PACK_EVERY = 5.0  # seconds
-
-Name = Literal[
-    "race",
-    "start-none",
-    "start-quick",
-    "tf32-off",
-    "tests",
-    "training",
-    "reproduction",
-    "race-larger",
-]
 
 
 @dataclass(frozen=True)
@@ -62,116 +52,15 @@ class Arguments:
         require_positive("--minutes", self.minutes)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One command, and how many seconds it may take."""
-
-    name: str
-    limit: float
-    command: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def parts(arguments: Arguments, results: Path) -> list[Part]:
-    """All parts that can run, in order; they write into `results`.
-
-    Limits are a third above what the first run on an H100 gives to expect: 15 s to start
-    Python with JAX and PyTorch, 45 s to compile a first train step at full size (its
-    convolutions searched for), 5 s for each like it, 30 s for a form of PyTorch with its
-    rounds, 165 s for a seed of the reproduction.
-    """
-    quick, data_dir = arguments.quick, arguments.data_dir
-
-    def script(script: str, name: Name, *words: object) -> list[str]:
-        options = ("--out", results, "--name", f"gpu-{name}")
-        return [sys.executable, str(HERE / script), *map(str, (*words, *options))]
-
-    def benchmark(name: Name, *words: object, batch_size: int = 32) -> list[str]:
-        size: tuple[object, ...] = ("--model.width", 64, "--data.image-size", 256)
-        size += ("--rounds", 6, "--seconds", 0.5)
-        if quick:
-            size = ("--model.width", 2, "--data.image-size", 16, "--rounds", 2)
-            size += ("--model.depth", 2, "--seconds", 0.01, "--data.synthetic-train", 8)
-            batch_size = 4
-        size += ("--train.batch-size", batch_size, "--model.dtype", "bfloat16")
-        return script("benchmark.py", name, *size, *words)
-
-    def environment_of(part: Part) -> dict[str, str]:
-        prepared = os.environ.get("TFDS_DATA_DIR", str(results.parent / "prepared"))
-        found = {"TFDS_DATA_DIR": prepared, "XLA_FLAGS": flags}
-        if quick:  # what takes longest on a CPU is PyTorch's compiler, and then XLA's
-            found |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-            found["JAX_COMPILATION_CACHE_DIR"] = str(results.parent / "programs")
-            found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-            if "benchmark.py" in part.command[1]:  # which compiles in another process, if on
-                found["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-        return found | part.environment
-
-    def reproduce(name: Name, *words: object) -> list[str]:
-        data: tuple[object, ...] = ("--data.dir", data_dir and data_dir.resolve())
-        if quick:
-            data = ("--data.name", "synthetic", "--data.image-size", 16, "--model.width", 2)
-            data += ("--model.depth", 2, "--data.synthetic-train", 16)
-            data += ("--data.synthetic-validation", 4)
-        always = ("--against", "pytorch", "--data.cache", "device")
-        return script("reproduce.py", name, *data, *always, *words)
-
-    flags = os.environ.get("XLA_FLAGS", "")
-    if quick:
-        flags += " --xla_backend_optimization_level=0"
-    tests = ["tests/interop/test_parity.py", "tests/model", "tests/learning"]
-    tests += ["tests/devices/test_parallel.py"]
-    if quick:
-        tests = ["tests/data/test_sampler.py"]
-
-    def tuned(level: int) -> dict[str, str]:
-        """How far XLA searches for algorithms: not at all (0), or without checks (2)."""
-        return {"XLA_FLAGS": f"{flags} --xla_gpu_autotune_level={level}"}
-
-    train = ("--measure", "train")
-    profile = ("--profile", results / "profile")
-    found = [
-        Part("race", 260, benchmark("race", *train, "--against", "pytorch", *profile)),
-        Part("start-none", 50, benchmark("start-none", *train), tuned(0)),
-        Part("start-quick", 80, benchmark("start-quick", *train), tuned(2)),
-        # 300 steps: without TF32 each takes some three times as long.
-        Part(
-            "tf32-off",
-            170,
-            reproduce(
-                *("tf32-off", "--no-tf32", "--train.epochs", 2),
-                *("--data.train-split", "train[:8]" if quick else "train[:1200]"),
-            ),
-        ),
-        # In float32 the tensor cores' TF32 would round to three digits, and to search for each
-        # small program's algorithms took more than 110 s.
-        Part(
-            "tests",
-            150,
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],
-            {
-                **tuned(0),
-                "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-                "NVIDIA_TF32_OVERRIDE": "0",
-            },
-        ),
-        Part("training", 120, benchmark("training", "--measure", "training")),
-        Part("reproduction", 440, reproduce("reproduction", "--seeds", 1, 2)),
-        Part(
-            "race-larger",
-            180,
-            benchmark(
-                *("race-larger", *train, "--against", "pytorch"),
-                *("--forms", "compile_channels_last", "--sweep.batch-size"),
-                *((8,) if quick else (64, 128)),
-            ),
-        ),
-    ]
-    return [
-        replace(part, environment=environment_of(part))
-        for part in found
-        if quick or data_dir is not None or "reproduce.py" not in part.command[1]
-    ]
+def equal_bits(results: Path) -> dict[str, Any] | None:
+    """Whether two runs with --deterministic had the same losses; None if there are no two."""
+    paths = [results / f"gpu-deterministic{again}.json" for again in ("", "-again")]
+    if not all(path.exists() for path in paths):
+        return None
+    first, second = (json.loads(path.read_text())["runs"][0]["jaxunet"] for path in paths)
+    same = [a == b for a, b in zip(first["losses"], second["losses"], strict=True)]
+    first_other = same.index(False) if False in same else None
+    return {"steps": len(same), "first_that_differs": first_other}
 
 
 def run_part(part: Part, seconds: float, log: Path, keep: Callable[[], None]) -> dict[str, Any]:
@@ -242,6 +131,7 @@ def run_programme(chosen: list[Part], arguments: Arguments, record: dict[str, An
     done = record["parts"] = {part.name: {"outcome": "not begun"} for part in chosen}
 
     def keep() -> None:
+        record["deterministic_runs"] = equal_bits(results)
         write_json(arguments.out / "gpu-programme.json", record)
         pack(results, arguments.out / "gpu-results.tgz")
 
@@ -280,7 +170,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
         results.mkdir()
-        found = parts(arguments, results)
+        found = parts(results, arguments.data_dir, quick=arguments.quick)
         missing = set(arguments.only) - {part.name for part in found}
         if missing:
             raise ConfigError(

@@ -20,7 +20,7 @@ from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import predict_files
 from jaxunet.runs.loading import compile_probabilities, load
-from jaxunet.runs.record import load_config
+from jaxunet.runs.record import load_config, recorded_tuning
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def listed(paths: list[Path]) -> str:
 
 def main() -> int:
     arguments = parse(Arguments, "Predict masks for pictures.")
-    tuning.use(arguments, arguments.run)
     suffixes = [MASK_SUFFIX]
     suffixes += [OVERLAY_SUFFIX] * arguments.overlay
     suffixes += [PROBABILITY_SUFFIX] * arguments.probabilities
     # Whatever is wrong with RUN, inputs or --out is said before the model is loaded.
     load_config(arguments.run)
+    tuning.use(arguments, arguments.run, recorded_tuning(arguments.run))
     found = plan(
         list(arguments.inputs),
         arguments.out,

@@ -17,8 +17,8 @@ from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.record import (
     config_of_main,
     load_config,
-    read_record,
     recorded_fingerprint,
+    recorded_tuning,
 )
 from jaxunet.runs.training import train
 
@@ -47,26 +47,25 @@ def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
     start = preset(name or "demo")
     described = f"Train a U-Net. PRESET is one of {', '.join(PRESETS)} (none: demo)."
     run = look_ahead(rest)
-    kept = {}
-    if run.resume and run.out and (run.out / "config.json").exists():
-        kept = tuning.recorded(read_record(run.out))
-        start = start if name else load_config(run.out)
-    default = Arguments(start.data, start.model, start.optimizer, start.train, **kept)
+    if name is None and run.resume and run.out and (run.out / "config.json").exists():
+        start = load_config(run.out)
+    default = Arguments(start.data, start.model, start.optimizer, start.train)
     arguments = parse(Arguments, described, default, rest)
     return arguments, arguments.out or Path("runs") / (name or "demo")
 
 
 def main() -> None:
     arguments, out = read_arguments(sys.argv[1:])
-    tuning.use(arguments, out)
+    recorded = recorded_tuning(out) if arguments.resume else None
+    tuning.use(arguments, out, recorded, several=arguments.distributed)
     if arguments.distributed:
         distributed.initialize()
     config = config_of_main(lambda: arguments.config)
     with RunDirectory(out, config, resume=arguments.resume):
         pass  # whatever is wrong with --out is said before the data are prepared
-    recorded = recorded_fingerprint(out)
+    fingerprint = recorded_fingerprint(out)
     data = distributed.main_first(
-        lambda: prepare(config.data, progress=distributed.is_main(), recorded=recorded),
+        lambda: prepare(config.data, progress=distributed.is_main(), recorded=fingerprint),
         "preparing the data",
     )
     outcome = train(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxunet.bench.program import COLLECTIVES, KINDS
+from jaxunet.bench.program import KINDS, Operation, by_name
 from jaxunet.bench.setting import Setting
 from jaxunet.bench.steps import initial_state, make_step
 from jaxunet.devices.strategies import make_strategy
@@ -17,11 +17,8 @@ from jaxunet.files import write_atomically, write_json
 
 STEPS = 3
 DEAREST = 30
-_OPERATION = re.compile(r"\s*(?:ROOT )?%?(\S+) = .*? ([a-z][\w\-]*)\(")
-_LAYER = re.compile(r"(?:encoder|decoder)(?:/level_\d+(?:/(?:conv|norm)_\d|/up)?)?|head")
 _AROUND_OTHERS = ("call", "conditional", "while")
-_PRODUCTS = re.compile(r"conv_general|convolution|cudnn|dot|gemm|ffi_call")
-_MOVES = re.compile(r"concatenate|copy|transpose|reshape|broadcast|pad|slice|squeeze|gather")
+_PRODUCTS = re.compile(r"conv|prop|grad|gemm|cudnn")
 
 
 def profile(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -60,15 +57,14 @@ def table(trace: Path, program: str, steps: int) -> dict[str, Any]:
         over threads, so that it may be more); `by_kind`, with `ms` and `share` of what was
         busy; `kernels`, each with its kind, layer and pass.
     """
-    operations = _operations(program)
+    operations = by_name(program)
     times: dict[tuple[str, str], float] = defaultdict(float)
     counts: dict[tuple[str, str], int] = defaultdict(int)
     starts, ends = [], []
     for kernel, operation, start, duration in _events(trace):
         # A kernel of a command buffer is called as its operation, in a GPU's letters.
         name = operation if operation in operations else kernel
-        opcode, _ = operations.get(name, ("", ""))
-        if opcode in _AROUND_OTHERS:
+        if name in operations and operations[name].opcode in _AROUND_OTHERS:
             continue
         times[kernel, name] += duration
         counts[kernel, name] += 1
@@ -78,17 +74,15 @@ def table(trace: Path, program: str, steps: int) -> dict[str, Any]:
     by_kind = dict.fromkeys(KINDS, 0.0)
     kernels = []
     for (kernel, name), nanoseconds in sorted(times.items(), key=lambda item: -item[1]):
-        opcode, source = operations.get(name, ("", ""))
-        layer = _LAYER.search(source)
-        kind = _kind(name, opcode, source)
-        by_kind[kind] += nanoseconds
+        of = operations.get(name) or _nameless(kernel)
+        by_kind[of.kind] += nanoseconds
         kernels.append(
             {
                 "ms": nanoseconds / 1e6 / steps,
                 "times": counts[kernel, name] / steps,
-                "kind": kind,
-                "layer": layer[0] if layer else "",
-                "backward": "transpose(" in source,
+                "kind": of.kind,
+                "layer": of.layer,
+                "backward": of.backward,
                 "operation": name,
                 "kernel": kernel,
             }
@@ -145,29 +139,8 @@ def _events(trace: Path) -> Iterator[tuple[str, str, float, float]]:
                     yield event.name, operation, event.start_ns, event.duration_ns
 
 
-def _operations(program: str) -> dict[str, tuple[str, str]]:
-    """Opcode and source (`op_name`) of each operation by its name, and by its kernel's."""
-    found: dict[str, tuple[str, str]] = {}
-    for line in program.splitlines():
-        if match := _OPERATION.match(line):
-            name, opcode = match.groups()
-            source = re.search(r'op_name="([^"]*)"', line)
-            entry = opcode, source[1] if source else ""
-            found[name] = entry
-            found.setdefault(re.sub(r"[.\-]", "_", name), entry)
-    return found
-
-
-def _kind(name: str, opcode: str, source: str) -> str:
-    """One of `KINDS`: by the source's last word, or where it has none by the name."""
-    word = source.rsplit("/", 1)[-1] if "/" in source else name
-    if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
-        return "collective"
-    # cuDNN's calls have no word but the convolution's; on a CPU jaxunet's own are `ffi_call`.
-    if opcode in ("convolution", "dot") or _PRODUCTS.search(word):
-        return "convolution"
-    if "/optimizer/" in source:
-        return "optimizer"
-    if re.search(r"reduce|argm", word):
-        return "reduction"
-    return "copy and relayout" if _MOVES.search(word) else "element by element"
+def _nameless(kernel: str) -> Operation:
+    """What the program has no operation of that name for: a library's kernel, or the driver's
+    copies."""
+    kind = "convolution" if _PRODUCTS.search(kernel) else "copy and relayout"
+    return Operation(kernel, kind, "", False, "")

@@ -1,8 +1,9 @@
 """Programs compiled before they are first called, where it helps several at a time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import jax
 
@@ -12,22 +13,38 @@ SILENT_SECONDS = 3.0
 """What takes longer to compile is announced."""
 
 
+def pays() -> bool:
+    """Whether to compile before the first call: on a GPU, whose search takes long.
+
+    With several processes each knows its own part of a batch only.
+    """
+    settings: Any = jax.config
+    on_gpu = jax.devices()[0].platform == "gpu"
+    return on_gpu and jax.process_count() == 1 and not settings.jax_disable_jit
+
+
 class Compilation:
-    """Steps that are being compiled, in threads.
+    """Steps that are being compiled, in threads, where that pays.
 
     JAX keeps what comes of it: a step that is called later, with arguments of the shapes and in
     the places that it was lowered for, finds its program there.
     """
 
-    def __init__(self, title: str, lowered: Sequence[jax.stages.Lowered], *, show: bool = True):
-        """Args: title: what they are called. show: False to say nothing of it."""
+    def __init__(self, title: str, *lower: Callable[[], jax.stages.Lowered], show: bool = True):
+        """Begin.
+
+        Args:
+            title: what the steps are called.
+            lower: gives each of them, lowered.
+            show: False to say nothing of it.
+        """
         self._title, self._show, self._start = title, show, time.perf_counter()
+        pool = ThreadPoolExecutor(len(lower))
         # The compiler lets go of the interpreter, so that the threads, and whatever is done
-        # meanwhile, run at the same time. A CPU's takes all cores by itself, and memory: two at
-        # once had a peak 5% higher.
-        on_cpu = jax.devices()[0].platform == "cpu"
-        pool = ThreadPoolExecutor(1 if on_cpu else max(1, len(lowered)))
-        self._programs = [pool.submit(self._compile, each) for each in lowered]
+        # meanwhile, run at the same time.
+        self._programs = [
+            pool.submit(self._compile, each()) for each in (lower if pays() else ())
+        ]
         pool.shutdown(wait=False)
 
     def _compile(self, lowered: jax.stages.Lowered) -> float:

@@ -184,7 +184,8 @@ def check_hosts(config: Config, data: Prepared) -> None:
             },
             "config": to_dict(config),
             "git_commit": here["git_commit"],
+            "tuning": here["tuning"],
             "versions": {name: here["versions"][name] for name in DECIDING_PACKAGES},
         },
-        ignore={f"config.{name}" for name in LOCAL},
+        ignore={*(f"config.{name}" for name in LOCAL), "tuning.xla_flags"},
     )

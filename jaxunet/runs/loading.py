@@ -12,6 +12,8 @@ from jaxtyping import Float, UInt8
 
 from jaxunet.config import Config, DataConfig
 from jaxunet.data.prepared import Prepared
+from jaxunet.devices import tuning
+from jaxunet.devices.compiling import Compilation
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Strategy
 from jaxunet.errors import RunError
@@ -79,9 +81,15 @@ def evaluate_split(
     Args:
         config: how the data are read.
     """
-    feed = Feed(strategy, data.source(split), config, progress=show_progress)
+    feed = Feed(strategy, data.source(split), config, progress=show_progress, fill=False)
     step = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
     variables = strategy.replicate(model.variables)
+    batch_size = tuning.eval_batch_size(model.config.train)
+    compilation = Compilation(
+        "the eval step", lambda: feed.lower(step, variables, batch_size), show=show_progress
+    )
+    feed.fill()  # meanwhile
+    compilation.finish()
     return evaluate(feed, step, variables, model.config, progress=show_progress)
 
 

@@ -110,7 +110,16 @@ class Trainer:
             self.eval_step = self.validation_feed.compile(
                 partial(eval_step, self.recipe), outputs="replicated"
             )
-            self._compilation = self._compile()
+            self._compilation = Compilation(
+                "the train and eval steps",
+                lambda: self.train_feed.lower(
+                    self.train_step, self.state, config.examples_per_step
+                ),
+                lambda: self.validation_feed.lower(
+                    self.eval_step, self.state.variables, self.eval_batch_size
+                ),
+                show=self.show_progress,
+            )
             self.train_feed.fill()  # meanwhile
             self.validation_feed.fill()
             self.batches = self.train_feed.batches(
@@ -142,22 +151,6 @@ class Trainer:
                 self._compilation.finish()
                 evaluation = self._train(journal, StopVote(self.strategy, received))
                 return self._finish(journal, evaluation)
-
-    def _compile(self) -> Compilation:
-        """Begin to compile both steps at the same time.
-
-        With several processes pmap is given one's part of a batch, so each step is compiled
-        when it is first called.
-        """
-        settings: Any = jax.config
-        lowered = []
-        if not settings.jax_disable_jit and jax.process_count() == 1:
-            count, eval_count = self.config.examples_per_step, self.eval_batch_size
-            lowered = [
-                self.train_feed.lower(self.train_step, self.state, count),
-                self.validation_feed.lower(self.eval_step, self.state.variables, eval_count),
-            ]
-        return Compilation("the train and eval steps", lowered, show=self.show_progress)
 
     def _train(self, journal: Journal, stop_vote: StopVote) -> Evaluation:
         evaluation: Evaluation | None = None

@@ -14,7 +14,8 @@ from bad_input.ground import run
 
 @pytest.fixture
 def programme(scripts, monkeypatch):
-    monkeypatch.delitem(sys.modules, "gpu_programme", raising=False)
+    for name in ("gpu_programme", "gpu_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import gpu_programme
 
     monkeypatch.setattr(gpu_programme, "PACK_EVERY", 0.2)
@@ -42,17 +43,39 @@ def test_it_says_what_is_wrong_before_it_measures(words, message):
 
 def test_parts_find_their_folders_from_where_they_run(programme, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    made = programme.parts(programme.Arguments(data_dir=Path("isic")), tmp_path / "results")
+    made = programme.parts(tmp_path / "results", Path("isic"))
     assert [part.name for part in made] == list(get_args(programme.Name))
     [reproduction] = [part.command for part in made if part.name == "reproduction"]
     assert reproduction[reproduction.index("--data.dir") + 1] == str(tmp_path / "isic")
     for part in made:
         assert part.name == "tests" or str(tmp_path / "results") in part.command
-    levels = {p.name: p.environment["XLA_FLAGS"][-1:] for p in made if "start" in p.name}
-    assert levels == {"start-none": "0", "start-quick": "2"}
-    without = programme.parts(programme.Arguments(), tmp_path / "results")
+    without = programme.parts(tmp_path / "results")
     gone = {part.name for part in made} - {part.name for part in without}
     assert gone == {"reproduction", "tf32-off"}
+
+
+def test_a_first_start_finds_nothing_and_a_second_what_the_first_found(programme, tmp_path):
+    made = {part.name: part for part in programme.parts(tmp_path)}
+    caches = {name: part.environment["XDG_CACHE_HOME"] for name, part in made.items()}
+    alone = ("start-full", "start-quick", "start-none", "deterministic", "deterministic-again")
+    assert len({caches[name] for name in alone} | {caches["race"]}) == 6
+    assert caches["start-again"] == caches["start-full"]
+    assert made["start-again"].command[:-1] == made["start-full"].command[:-1]
+    for name in ("full", "quick", "none"):
+        assert f"--tune {name}" in " ".join(made[f"start-{name}"].command)
+
+
+@pytest.mark.parametrize(
+    ("again", "found"),
+    [([0.7, 0.5, 0.3], None), ([0.7, 0.5000001, 0.3], 1)],
+)
+def test_runs_with_equal_bits_are_told_from_others(programme, tmp_path, again, found):
+    assert programme.equal_bits(tmp_path) is None
+    for name, losses in (("", [0.7, 0.5, 0.3]), ("-again", again)):
+        record = {"runs": [{"jaxunet": {"losses": losses}}]}
+        (tmp_path / f"gpu-deterministic{name}.json").write_text(json.dumps(record))
+    expected = {"steps": 3, "first_that_differs": found}
+    assert programme.equal_bits(tmp_path) == expected
 
 
 def stand_in(programme, results, name, code, limit=30.0):

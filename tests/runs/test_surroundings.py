@@ -57,7 +57,6 @@ FAILING = """
             if len(calls) == 3:
                 raise MemoryError("in the third step")
             return function(*args)
-        fail.lower = function.lower
         return fail if options.get("donate") else function
     training.Feed.compile = compile
 """
