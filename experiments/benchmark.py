@@ -138,7 +138,8 @@ def main() -> None:
 
         make_pytorch_unet(replace(arguments.model, dtype="float32", remat=False))
     dtypes = sorted({point.config.model.dtype for point in points})
-    rates = {dtype: matmul_rate(dtype, jax.devices()[0]) for dtype in dtypes}
+    seconds = min(0.3, arguments.seconds)
+    rates = {dtype: matmul_rate(dtype, jax.devices()[0], seconds) for dtype in dtypes}
     result: dict[str, Any] = {
         "points": [],
         "matmul_rate": rates,

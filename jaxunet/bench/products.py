@@ -13,7 +13,7 @@ from jaxunet.config import Config
 from jaxunet.model.conv import conv3x3
 
 
-def matmul_rate(dtype: str, device: jax.Device, seconds: float = 0.3) -> dict[str, Any]:
+def matmul_rate(dtype: str, device: jax.Device, seconds: float) -> dict[str, Any]:
     """Operations a second of square matrix products on one device: what it can do at best.
 
     The best of several sizes, each the median of rounds of about `seconds`.
