@@ -70,7 +70,8 @@ def parts(results: Path, data_dir: Path | None = None, *, quick: bool = False) -
 
     def environment_of(part: Part) -> dict[str, str]:
         prepared = os.environ.get("TFDS_DATA_DIR", str(results.parent / "prepared"))
-        found = {"TFDS_DATA_DIR": prepared}
+        # A fresh cache folder would have Matplotlib look for the fonts anew.
+        found = {"TFDS_DATA_DIR": prepared, "MPLCONFIGDIR": str(results.parent / "fonts")}
         if quick:  # what takes longest on a CPU is PyTorch's compiler, and then XLA's
             found |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
             flags = os.environ.get("XLA_FLAGS", "")
