@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import Bool, Float, UInt8
+from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxunet.runs.canvas import (
     BLACK,
@@ -112,11 +112,19 @@ def overlay(image: Picture, mask: Mask, colour: str = YELLOW) -> Picture:
         slice(max(0, places[0] - reach), places[-1] + reach + 1) for places in (rows, columns)
     )
     inside = lesion[box].astype(np.uint8)
-    size = 2 * reach + 1
-    grown = scipy.ndimage.maximum_filter(inside, size=size, mode="constant", cval=0)
-    shrunk = scipy.ndimage.minimum_filter(inside, size=size, mode="constant", cval=0)
+    grown, shrunk = _spread(inside, reach, outside=0), 1 - _spread(1 - inside, reach, outside=1)
     drawn[box][grown > shrunk] = np.round(np.array(to_rgb(colour)) * 255)
     return drawn
+
+
+def _spread(
+    mask: UInt8[np.ndarray, "height width"], reach: int, outside: int
+) -> UInt8[np.ndarray, "height width"]:
+    """Each pixel's largest value within `reach` rows and columns; `outside` beyond the edge."""
+    padded = np.pad(mask, reach, constant_values=outside)
+    for axis in (0, 1):
+        padded = sliding_window_view(padded, 2 * reach + 1, axis).max(-1)
+    return padded
 
 
 @with_own_settings
