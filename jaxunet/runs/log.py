@@ -67,7 +67,7 @@ class MetricsLog:
 
 @contextmanager
 def _without_torch() -> Iterator[None]:
-    """Import tensorboardX without PyTorch, which it tries for graphs: two seconds for nothing."""
+    """Keeps tensorboardX from importing PyTorch, two seconds for graphs that nobody draws."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # so Python's own documentation
