@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -11,23 +12,28 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
+import numpy as np
 import tyro
 from command_line import parse, print_scores, run_script
 
-from jaxunet.config import Config, DataConfig
+from jaxunet.config import Config, DataConfig, require_at_least
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
+from jaxunet.data.reader import DataSource
 from jaxunet.data.sources import Pair
 from jaxunet.devices import distributed
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
-from jaxunet.files import check_writable, write_json
+from jaxunet.files import check_writable, write_atomically, write_json
 from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
-from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report
+from jaxunet.learning.metrics import per_image
+from jaxunet.runs import figures
+from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
 from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
+from jaxunet.runs.reporting import drawn, prediction_rows
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
 T = TypeVar("T")
@@ -71,6 +77,8 @@ class Arguments:
     native: bool = False
     """Predict each original at its own size, write the masks to OUT/native-SPLIT, and score
     them as the challenge does."""
+    worst: int = 0
+    """Draw so many of the images with the lowest Dice, with both outlines (two dozen, say)."""
     zip: bool = False
     """With --native, also pack the masks into OUT/native-SPLIT.zip, ready to submit."""
     data: Data = Data()
@@ -136,10 +144,38 @@ def score_originals(
     return Evaluation(counts, None, time.perf_counter() - start)
 
 
+def draw_worst(
+    model: TrainedModel,
+    strategy: Strategy,
+    source: DataSource,
+    evaluation: Evaluation,
+    count: int,
+    path: Path,
+) -> list[Path]:
+    """The gallery beside `path`; nothing, and a line on stderr, if it can't be drawn."""
+    order = np.argsort(per_image(evaluation.counts)["dice"], kind="stable")
+    config = model.config
+    rows = prediction_rows(
+        [(int(index), "") for index in order[:count]],
+        compile_probabilities(strategy, model.recipe, model.variables),
+        evaluation.counts,
+        source,
+        image_size=config.data.image_size,
+        batch_size=config.train.eval_batch_size,
+        threshold=config.train.threshold,
+    )
+    picture = path.with_name(f"{path.stem}-worst.png")
+    title = f"The {len(rows)} images with the lowest Dice of {len(order)}"
+    return drawn(picture, partial(figures.gallery, rows, picture, title))
+
+
 def main() -> None:
     arguments = parse(Arguments, DESCRIPTION)
     if arguments.zip and not arguments.native:
         raise ConfigError("--zip packs the masks that --native writes: add --native.")
+    require_at_least("--worst", arguments.worst, 0)
+    if arguments.worst and (arguments.native or arguments.distributed):
+        raise ConfigError("--worst draws in one process, at the model's size: leave it out.")
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
@@ -155,6 +191,7 @@ def main() -> None:
     strategy = make_strategy(arguments.parallel)
     if arguments.native:
         pairs, dataset = originals(chosen, split)
+        ids = [pair.id for pair in pairs]
     else:
         recorded = None if on_purpose else recorded_fingerprint(run)
         data = distributed.main_first(
@@ -163,6 +200,7 @@ def main() -> None:
         )
         check_hosts(config, data)
         dataset = describe_split(data, split, chosen.image_size)
+        ids = data.ids(split)
     difference = distributed.on_main(
         lambda: other_data(run, dataset, chosen), "comparing the data"
     )
@@ -194,9 +232,16 @@ def main() -> None:
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
     trained_on = recorded_dataset(read_record(run))
+    each = path.with_suffix(".csv")
+    write_atomically(each, table(ids, evaluation))
     write_json(path, {**result, "trained_on": trained_on, **made})
     print_scores(result)
-    print(f"Written: {path}")
+    written = [path, each]
+    if arguments.worst:
+        written += draw_worst(
+            model, strategy, data.source(split), evaluation, arguments.worst, path
+        )
+    print(f"Written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":
