@@ -29,6 +29,7 @@ from jaxunet.files import check_writable, write_atomically, write_json
 from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.learning.metrics import per_image
+from jaxunet.learning.views import Views
 from jaxunet.runs import figures
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
@@ -68,6 +69,8 @@ class Arguments:
     """Split to score; TFDS slices such as `test[:100]` work."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint: the last one, or the best on the validation split."""
+    views: Views = "none"
+    """Average probabilities over a picture's four flips, or its eight turns (d4)."""
     out: Path | None = None
     """Folder to write to (none: the run directory)."""
     parallel: Literal["pmap", "jit"] = "pmap"
@@ -100,14 +103,18 @@ def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool
     return DataConfig(**vars(filled)), on_purpose
 
 
-def file_name(split: str, *, native: bool, other: str | None, best: bool) -> str:
+def file_name(
+    split: str, *, native: bool, other: str | None, best: bool, views: Views = "none"
+) -> str:
     """What the results are called: another name for all that may give other scores.
 
-    `[native-][DATASET-]SPLIT[-best]`, with DATASET where it is not the run's own, and of a
-    slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
+    `[native-][DATASET-]SPLIT[-best][-VIEWS]`, with DATASET where it is not the run's own, and
+    of a slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
     """
     slices = split.replace(" ", "").translate({ord("["): "_", ord(":"): ".", ord("]"): None})
-    parts = ("native" if native else "", other, quote(slices, "%+"), "best" if best else "")
+    seen = "" if views == "none" else views
+    which = "best" if best else ""
+    parts = ("native" if native else "", other, quote(slices, "%+"), which, seen)
     return "-".join(filter(None, parts))
 
 
@@ -181,7 +188,7 @@ def main() -> None:
             raise ConfigError("--native runs in one process: leave out --distributed.")
         distributed.initialize()
     run, split, out = arguments.run, arguments.split, arguments.out or arguments.run
-    model = load(run, arguments.checkpoint)
+    model = load(run, arguments.checkpoint, arguments.views)
     distributed.on_main(
         lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
     )
@@ -214,6 +221,7 @@ def main() -> None:
         native=arguments.native,
         other=chosen.name if difference else None,
         best=arguments.checkpoint == "best",
+        views=arguments.views,
     )
     path = out / f"evaluation-{name}.json"
     if difference:
@@ -234,7 +242,7 @@ def main() -> None:
     trained_on = recorded_dataset(read_record(run))
     each = path.with_suffix(".csv")
     write_atomically(each, table(ids, evaluation))
-    write_json(path, {**result, "trained_on": trained_on, **made})
+    write_json(path, {**result, "views": arguments.views, "trained_on": trained_on, **made})
     print_scores(result)
     written = [path, each]
     if arguments.worst:

@@ -13,6 +13,7 @@ from bad_input.ground import SCRIPTS, run
 from PIL import Image
 from small_data import encoded, half_mask, picture, write_files
 
+import jaxunet
 from jaxunet import files
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
@@ -177,11 +178,12 @@ def test_no_two_scorings_share_a_name(monkeypatch):
     splits = [f"{base}[{a}:{b}]" for base in ("test", "train") for a in edges for b in edges]
     splits += ["test", "train", "train+test", "train[:1]+test", "train+test[:1]", "../test"]
     names = [
-        script.file_name(split, native=native, other=other, best=best)
+        script.file_name(split, native=native, other=other, best=best, views=views)
         for split in splits
         for native in (False, True)
         for other in (None, "folder", "isic2018", "synthetic")
         for best in (False, True)
+        for views in ("none", "flips", "d4")
     ]
     assert len(set(names)) == len(names)
     assert not any("/" in name for name in names)
@@ -272,6 +274,28 @@ def test_each_image_has_its_line_and_the_worst_are_drawn(world):
     assert picture.std() > 10
     output = evaluate(world, "--split", "test", "--worst", 2, "--native", expect=1)
     assert "--worst draws" in output
+
+
+def test_views_have_a_file_of_their_own_and_are_those_of_the_loaded_model(world):
+    evaluate(world, "--split", "test", "--views", "flips")
+    found = written(world / "run", "test-flips")
+    assert found["views"] == "flips"
+    one, model = jaxunet.load(world / "run"), jaxunet.load(world / "run", views="flips")
+    truth, both = half_mask(16, 16) > 0, np.zeros(3)
+    for seed in range(10, 13):
+        image = picture(seed, 16, 16)
+        flips = [(), (0,), (1,), (0, 1)]
+        mean = np.mean([np.flip(one.probabilities(np.flip(image, f)), f) for f in flips], 0)
+        np.testing.assert_allclose(model.probabilities(image), mean, rtol=1e-4)
+        lesion = mean > 0.3
+        both += [(lesion & truth).sum(), lesion.sum(), truth.sum()]
+    assert found["scores"]["pooled"]["dice"] == pytest.approx(2 * both[0] / (both[1] + both[2]))
+    masks = world / "masks"
+    image = next((world / "own" / "test" / "images").iterdir())
+    status, output = run(["predict.py", world / "run", image, "--views", "d4", "--out", masks])
+    assert status == 0, output
+    expected = jaxunet.load(world / "run", views="d4").predict(picture(int(image.stem), 16, 16))
+    np.testing.assert_array_equal(Image.open(next(masks.iterdir())), expected)
 
 
 def test_two_runs_are_compared_image_by_image(world, tmp_path):
