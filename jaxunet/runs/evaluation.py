@@ -1,8 +1,10 @@
 """Score a model on a whole split: every image exactly once."""
 
+import csv
+import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +23,15 @@ from jaxunet.devices.environment import environment
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Step
 from jaxunet.errors import RunError
-from jaxunet.learning.metrics import scores
+from jaxunet.learning.bootstrap import intervals
+from jaxunet.learning.metrics import per_image, scores
 
 DECIDING_PACKAGES = ("jaxunet", "jax", "jaxlib", "flax", "optax", "numpy")
 LOCAL = ("data.dir", "data.prepared_dir", "data.loader", "data.workers")
 """Options that each host may have its own of: the examples are the same."""
+
+COUNTED = ("true_positives", "false_positives", "false_negatives", "true_negatives")
+"""What the columns of `Evaluation.counts` are, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ def report(
     return {
         "dataset": dataset,
         "scores": evaluation.scores,
+        "intervals": intervals(evaluation.counts),
         **loss,
         "step": step,
         "epoch": epoch,
@@ -121,6 +128,17 @@ def report(
         if images_per_second is None
         else images_per_second,
     }
+
+
+def table(ids: Sequence[str], evaluation: Evaluation) -> str:
+    """A CSV file's text: the scores and the counts of each image, a line each."""
+    values = per_image(evaluation.counts)
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["id", *values, *COUNTED])
+    for place, (name, counts) in enumerate(zip(ids, evaluation.counts, strict=True)):
+        lines.writerow([name, *(f"{v[place]:.6f}" for v in values.values()), *counts])
+    return text.getvalue()
 
 
 def describe(

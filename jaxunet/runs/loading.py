@@ -1,7 +1,7 @@
 """A trained model, taken from a run directory, ready to be evaluated or to predict."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Strategy
 from jaxunet.errors import RunError
 from jaxunet.learning.steps import Recipe, eval_step, init_state, make_recipe, predict_step
+from jaxunet.learning.views import Views
 from jaxunet.runs.checkpoint import Checkpoints, Which
 from jaxunet.runs.evaluation import Evaluation, evaluate
 from jaxunet.runs.finite import not_finite
@@ -44,15 +45,15 @@ class TrainedModel:
     epoch: int
 
 
-def load(run: Path, which: Which = "latest") -> TrainedModel:
-    """The latest or the best checkpoint of `run`.
+def load(run: Path, which: Which = "latest", views: Views = "none") -> TrainedModel:
+    """The latest or the best checkpoint of `run`, and how it is to see pictures.
 
     Raises:
         RunError: `run` is no run directory, has no checkpoint that fits its configuration,
             or its weights are not finite.
     """
     config = config_of_main(lambda: load_config(run))
-    recipe = make_recipe(config)
+    recipe = replace(make_recipe(config), views=views)
     checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric, read_only=True)
     try:
         like = jax.eval_shape(partial(init_state, recipe))
