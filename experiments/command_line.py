@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import tyro
 from PIL import Image
@@ -25,6 +26,7 @@ from jaxunet.config import Config
 from jaxunet.devices import distributed
 from jaxunet.devices.startup import device_error, start
 from jaxunet.errors import ConfigError, JaxUNetError, Stopped
+from jaxunet.learning.views import Views
 
 T = TypeVar("T")
 
@@ -102,6 +104,26 @@ def take_preset(args: list[str]) -> tuple[str | None, list[str]]:
 def preset(name: str) -> Config:
     """The configuration that `name` stands for."""
     return PRESETS[name]()
+
+
+def file_name(
+    split: str,
+    *,
+    native: bool = False,
+    other: str | None = None,
+    best: bool = False,
+    views: Views = "none",
+) -> str:
+    """What the results are called: another name for all that may give other scores.
+
+    `[native-][DATASET-]SPLIT[-best][-VIEWS]`, with DATASET where it is not the run's own, and
+    of a slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
+    """
+    slices = split.replace(" ", "").translate({ord("["): "_", ord(":"): ".", ord("]"): None})
+    seen = "" if views == "none" else views
+    which = "best" if best else ""
+    parts = ("native" if native else "", other, quote(slices, "%+"), which, seen)
+    return "-".join(filter(None, parts))
 
 
 def print_scores(result: dict[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """Which of two runs is better: `python experiments/compare.py RUN_A RUN_B --split SPLIT`."""
 
+import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import tyro
-from command_line import parse, run_script
+from command_line import file_name, parse, run_script
 from rich.console import Console
 from rich.table import Table
 
@@ -17,13 +19,17 @@ from jaxunet.data import prepare
 from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import make_strategy
-from jaxunet.errors import DataError
+from jaxunet.errors import DataError, RunError
 from jaxunet.files import check_writable, write_json
 from jaxunet.inference import comparison
+from jaxunet.provenance import disagreement
 from jaxunet.runs.evaluation import Evaluation, describe_split
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
-from jaxunet.runs.record import load_config, recorded_fingerprint, recorded_tuning
-from jaxunet.runs.reporting import prediction_rows
+from jaxunet.runs.record import load_config, other_data, recorded_fingerprint, recorded_tuning
+from jaxunet.runs.reporting import drawn, prediction_rows
+
+OF_THE_IMAGES = ("name", "fingerprint", "count")
+"""What of a dataset's description is equal if its images are."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,13 @@ class Arguments(tuning.Tuning):
     first: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     second: Annotated[Path, tyro.conf.Positional]
-    """Another one, trained or to be scored on the same data."""
+    """Another one, of the same data."""
     split: str = "validation"
     """Split to score both on; TFDS slices such as `test[:100]` work."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoints: the last ones, or the best on the validation split."""
     out: Path | None = None
-    """Folder for comparison-SECOND-SPLIT.json and .png (none: the first run's)."""
+    """Folder for comparison-SECOND-SPLIT[-best].json and .png (none: the first run's)."""
     pictures: int = 6
     """How many of the images that differ most to draw."""
 
@@ -53,6 +59,8 @@ class Scored:
         config = self.model.config.data
         data = prepare(config, recorded=recorded_fingerprint(run))
         self.dataset, self.ids = describe_split(data, split, config.image_size), data.ids(split)
+        if changed := other_data(run, self.dataset, config):
+            raise DataError(f"{changed} Scores of data that changed do not compare.")
         self.source, self.strategy = data.source(split), make_strategy("pmap")
         self.evaluation: Evaluation = evaluate_split(
             self.model, self.strategy, data, split, config
@@ -88,45 +96,75 @@ def show(found: dict[str, dict[str, Any]], names: tuple[str, str], images: int) 
     Console(width=max(100, Console().width)).print(table)
 
 
+def check_same(first: Scored, second: Scored, runs: tuple[Path, Path]) -> None:
+    """Raise `DataError` unless both were scored on the same images."""
+    one, other = (
+        {name: each.dataset[name] for name in OF_THE_IMAGES} for each in (first, second)
+    )
+    recorded, there = f"{runs[0]}, of {one['name']},", f"{runs[1]}, of {other['name']}"
+    differing = disagreement(one, other, recorded=recorded, there=there)
+    if not differing and first.ids != second.ids:
+        images = sorted(set(first.ids) ^ set(second.ids))[:3]
+        differing = f"{recorded} does not fit {there}. Differing: {', '.join(images)}."
+    if differing:
+        raise DataError(
+            f"{differing} Only scores of the same images can be compared one by one: give "
+            "runs of one dataset."
+        )
+
+
+def check_replaces(path: Path, runs: list[str]) -> None:
+    """Raise `RunError` if `path` holds the comparison of other runs."""
+    if path.exists():
+        try:
+            before = json.loads(path.read_bytes())["runs"]
+        except (ValueError, LookupError, TypeError):
+            before = "others"
+        if before != runs:
+            raise RunError(
+                f"{path} compares other runs ({before}). Move it away, or give --out another "
+                "folder."
+            )
+
+
 def main() -> None:
     arguments = parse(Arguments, "Compare two runs image by image.")
     first, second, split = arguments.first, arguments.second, arguments.split
     out = arguments.out or first
     for run in (first, second):
         load_config(run)
-    tuning.use(arguments, first, recorded_tuning(first))
+    best = file_name(split, best=arguments.checkpoint == "best")
+    path = out / f"comparison-{second.resolve().name}-{best}.json"
+    runs = [str(run.resolve()) for run in (first, second)]
+    check_replaces(path, runs)
     check_writable(out, "--out" if arguments.out else "RUN_A")
-    both = [Scored(run, split, arguments.checkpoint) for run in (first, second)]
-    if both[0].ids != both[1].ids:
-        differing = sorted(set(both[0].ids) ^ set(both[1].ids))
-        raise DataError(
-            f"{split} of {first} ({len(both[0].ids)} images) and of {second} "
-            f"({len(both[1].ids)}) are not the same images, so that they can't be compared "
-            f"one by one: {', '.join(differing[:3]) or 'their order'} differ. Compare runs "
-            "that were trained on splits of one dataset."
-        )
-    counts = both[0].evaluation.counts, both[1].evaluation.counts
+    began = [recorded_tuning(run) for run in (first, second)]
+    exact = any(each.get("deterministic") is True for each in began)
+    tuning.use(arguments, first, {**began[0], "deterministic": exact})
+    one, other = (Scored(run, split, arguments.checkpoint) for run in (first, second))
+    check_same(one, other, (first, second))
+    counts = one.evaluation.counts, other.evaluation.counts
     found = comparison.compare(*counts)
     chosen = comparison.most_different(*counts, arguments.pictures)
-    names = (first.name, second.name) if first.name != second.name else ("first", "second")
-    path = out / f"comparison-{second.name}-{split}.json"
-    picture = path.with_suffix(".png")
-    rows = list(zip(both[0].rows(chosen), both[1].rows(chosen), strict=True))
-    comparison.draw(*counts, rows, picture, names)
     write_json(
         path,
         {
-            "runs": [str(first), str(second)],
-            "datasets": [each.dataset for each in both],
-            "steps": [each.model.step for each in both],
+            "runs": runs,
+            "checkpoint": arguments.checkpoint,
+            "datasets": [each.dataset for each in (one, other)],
+            "steps": [each.model.step for each in (one, other)],
             "scores": found,
-            "most_different": [both[0].ids[index] for index in chosen],
+            "most_different": [one.ids[index] for index in chosen],
             "command": command_line(),
             **environment(),
         },
     )
-    show(found, names, len(both[0].ids))
-    print(f"Written: {path}, {picture}")
+    names = (first.name, second.name) if first.name != second.name else ("first", "second")
+    picture = path.with_suffix(".png")
+    rows = list(zip(one.rows(chosen), other.rows(chosen), strict=True))
+    pictures = drawn(picture, partial(comparison.draw, *counts, rows, picture, names))
+    show(found, names, len(one.ids))
+    print(f"Written: {', '.join(map(str, [path, *pictures]))}")
 
 
 if __name__ == "__main__":

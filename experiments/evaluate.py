@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
 import numpy as np
 import tyro
-from command_line import parse, print_scores, run_script
+from command_line import file_name, parse, print_scores, run_script
 
 from jaxunet.config import Config, DataConfig, require_at_least
 from jaxunet.config_json import to_dict
@@ -107,21 +106,6 @@ def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool
         if name not in (*OF_RUN, *READING)
     )
     return DataConfig(**vars(filled)), on_purpose
-
-
-def file_name(
-    split: str, *, native: bool, other: str | None, best: bool, views: Views = "none"
-) -> str:
-    """What the results are called: another name for all that may give other scores.
-
-    `[native-][DATASET-]SPLIT[-best][-VIEWS]`, with DATASET where it is not the run's own, and
-    of a slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
-    """
-    slices = split.replace(" ", "").translate({ord("["): "_", ord(":"): ".", ord("]"): None})
-    seen = "" if views == "none" else views
-    which = "best" if best else ""
-    parts = ("native" if native else "", other, quote(slices, "%+"), which, seen)
-    return "-".join(filter(None, parts))
 
 
 def check_replaces(path: Path, dataset: dict[str, Any]) -> None:

@@ -113,7 +113,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Everything in `folder`; the archive before it stays until the new one is whole."""
+    """Everything in `folder`; the archive before it stays until the new one is whole.
+
+    Raises:
+        OSError: a file went, or was cut, while it was read.
+    """
     part = archive.with_suffix(".part")
     with tarfile.open(part, "w:gz") as tar:
         tar.add(folder, arcname=".")
@@ -135,6 +139,10 @@ def run_programme(chosen: list[Part], arguments: Arguments, record: dict[str, An
         write_json(arguments.out / "gpu-programme.json", record)
         pack(results, arguments.out / "gpu-results.tgz")
 
+    def keep_meanwhile() -> None:
+        with suppress(OSError):  # a file went meanwhile; a few seconds later it is tried again
+            keep()
+
     try:
         for part in chosen:
             left = end - time.perf_counter()
@@ -143,7 +151,7 @@ def run_programme(chosen: list[Part], arguments: Arguments, record: dict[str, An
                 continue
             done[part.name] = {"outcome": "cut with the programme"}  # unless it ends
             log = results / f"{part.name}.log"
-            done[part.name] = run_part(part, min(left, part.limit), log, keep)
+            done[part.name] = run_part(part, min(left, part.limit), log, keep_meanwhile)
             keep()
     finally:
         keep()

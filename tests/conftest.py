@@ -37,7 +37,14 @@ for name in ("grain", "matplotlib.figure", "optax", "orbax.checkpoint", "tensorf
     importlib.import_module(name)
 install_import_hook("jaxunet", "typechecker.checked")
 
+LONG = ("test_distributed.py", "test_kills.py", "test_long_run.py", "test_options_together.py")
+"""Files of few tests that take long; begun last, they would keep the other process waiting."""
+
 REAL_DATA = Path(__file__).parents[2] / "shared" / "isic2018"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")

@@ -46,14 +46,18 @@ def use_tf32(allowed: bool, *, pytorch: bool) -> bool:
 
 
 def card() -> dict[str, str] | None:
-    """What `nvidia-smi` says of the first GPU just now, clocks in MHz; None without one."""
+    """What `nvidia-smi` says of this process's first GPU just now, clocks in MHz; None without
+    one."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible.split(',')[0]}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    values = done.stdout.strip().splitlines()[0].split(", ")
-    return dict(zip(_QUERY, values, strict=True))
+    values = done.stdout.partition("\n")[0].split(", ")
+    # Without a card it may say so in words, with status 0.
+    return dict(zip(_QUERY, values, strict=True)) if len(values) == len(_QUERY) else None
 
 
 def cudnn_version() -> int | None:

@@ -105,9 +105,10 @@ def use(
     if deterministic or tune != "full":
         # XLA's files by fusion don't say how, or whether, their results were searched for.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    searches = not deterministic and tune != "none" and not several
+    held, deterministic = _chosen(flags)  # with what is in the user's own XLA_FLAGS
+    searches = held in ("full", "quick") and not deterministic and not several
     if searches and not any(flag.startswith((LOAD, DUMP)) for flag in flags):
-        _search = _begin(tune, run)
+        _search = _begin(held, run)
         loaded = _search.loaded
         flags += [f"{LOAD}={loaded}"] * (loaded is not None) + [f"{DUMP}={_DUMPED}"]
     os.environ["XLA_FLAGS"] = " ".join(flags)
@@ -173,20 +174,26 @@ def _card() -> str:
     return re.sub(r"\W+", "-", "-".join(sorted({each[1] for each in found if each}))) or "gpu"
 
 
-def record() -> dict[str, Any]:
-    """What holds in this process, as `XLA_FLAGS` says; of a flag given twice the last."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
+def _chosen(flags: list[str]) -> tuple[str, bool]:
+    """The level of the search that `flags` ask for, by name, and whether bits repeat."""
     given = dict(flag.partition("=")[::2] for flag in flags)
     deterministic = given.get("--xla_gpu_deterministic_ops") in ("true", "1", "")
     level = "0" if deterministic else given.get(LEVEL, str(LEVELS["full"]))
     named = {str(number): name for name, number in LEVELS.items()}
+    return named.get(level, f"level {level}"), deterministic
+
+
+def record() -> dict[str, Any]:
+    """What holds in this process, as `XLA_FLAGS` says; of a flag given twice the last."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    tune, deterministic = _chosen(flags)
     return {
-        "tune": named.get(level, f"level {level}"),
+        "tune": tune,
         "deterministic": deterministic,
         "equal_runs": "the same bits, on the same kind of card with the same versions"
         if deterministic
         else "differ in rounding: another process may choose other algorithms, and some "
         "kernels add in any order (--deterministic: the same bits)",
-        "results_loaded": LOAD in given,
+        "results_loaded": any(flag.startswith(LOAD) for flag in flags),
         "xla_flags": flags,
     }

@@ -20,6 +20,8 @@ Logits = Float[Array, "batch height width 1"]
 def mean_logits(logits: Callable[[Images], Logits], images: Images, views: Views) -> Logits:
     """The logit of the mean probability over the views of square `images`.
 
+    NaN where it is not finite in one of the views: that says nothing of the pixel.
+
     The views are computed one after another, so that they take no more memory than one.
     """
     if not QUARTERS[views]:
@@ -38,4 +40,4 @@ def mean_logits(logits: Callable[[Images], Logits], images: Images, views: Views
     every = jnp.stack(back)
     # log p - log(1 - p) of the mean p: exact where every view is certain, too.
     inside, outside = (jax.nn.logsumexp(jax.nn.log_sigmoid(x), 0) for x in (every, -every))
-    return inside - outside
+    return jnp.where(jnp.isfinite(every).all(0), inside - outside, jnp.nan)

@@ -196,6 +196,8 @@ class RunDirectory:
         if not is_main():
             return
         record = {"config": to_dict(self.config), "command": command_line(), **environment()}
+        if not isinstance(record["tuning"], dict):  # a GPU's choices outlast a resume elsewhere
+            record["tuning"] = self._record.get("tuning", record["tuning"])
         record |= self._data if dataset is None else {"dataset": dataset}
         record["has_checkpoints"] = bool(self._steps())
         write_json(self.path / "config.json", record)

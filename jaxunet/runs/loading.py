@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jaxunet.config import Config, DataConfig
+from jaxunet.config import Config, DataConfig, require
 from jaxunet.data.prepared import Prepared
 from jaxunet.devices import tuning
 from jaxunet.devices.compiling import Compilation
 from jaxunet.devices.feed import Feed
-from jaxunet.devices.strategies import Strategy
+from jaxunet.devices.strategies import Strategy, check_divisible
 from jaxunet.errors import RunError
 from jaxunet.learning.steps import Recipe, eval_step, init_state, make_recipe, predict_step
-from jaxunet.learning.views import Views
+from jaxunet.learning.views import QUARTERS, Views
 from jaxunet.runs.checkpoint import Checkpoints, Which
 from jaxunet.runs.evaluation import Evaluation, evaluate
 from jaxunet.runs.finite import not_finite
@@ -49,9 +49,11 @@ def load(run: Path, which: Which = "latest", views: Views = "none") -> TrainedMo
     """The latest or the best checkpoint of `run`, and how it is to see pictures.
 
     Raises:
+        ConfigError: there are no such `views`.
         RunError: `run` is no run directory, has no checkpoint that fits its configuration,
             or its weights are not finite.
     """
+    require(views in QUARTERS, "views", views, "'none', 'flips' or 'd4'")
     config = config_of_main(lambda: load_config(run))
     recipe = replace(make_recipe(config), views=views)
     checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric, read_only=True)
@@ -86,6 +88,7 @@ def evaluate_split(
     step = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
     variables = strategy.replicate(model.variables)
     batch_size = tuning.eval_batch_size(model.config.train)
+    check_divisible("train.eval_batch_size", batch_size, len(strategy.devices))
     compilation = Compilation(
         "the eval step", lambda: feed.lower(step, variables, batch_size), show=show_progress
     )

@@ -67,10 +67,13 @@ class MetricsLog:
 
 @contextmanager
 def _without_torch() -> Iterator[None]:
-    """Keeps tensorboardX from importing PyTorch, two seconds for graphs that nobody draws."""
+    """Keeps tensorboardX from importing PyTorch, two seconds for graphs that nobody draws.
+
+    Meanwhile nothing else can import it either.
+    """
     hidden = "torch" not in sys.modules
     if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # so Python's own documentation
+        sys.modules["torch"] = None  # type: ignore[assignment]  # None: "cannot be found"
     try:
         yield
     finally:

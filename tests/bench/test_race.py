@@ -127,3 +127,5 @@ def test_the_card_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     found = card.card()
     assert found["name"] == "NVIDIA H100 80GB HBM3"
     assert (found["clocks.sm"], found["clocks.max.sm"]) == ("1755", "1980")
+    fake.write_text(fake.read_text().replace(values, "No devices were found"))
+    assert card.card() is None

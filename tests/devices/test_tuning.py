@@ -174,6 +174,19 @@ def test_what_is_torn_is_neither_kept_nor_loaded(process, tmp_path):
     assert kept(tmp_path, "a") == whole
 
 
+@pytest.mark.parametrize("given", [f"{LEVEL}=1", "--xla_gpu_deterministic_ops=true"])
+def test_what_the_users_own_flags_had_it_find_is_not_kept_as_a_full_search(
+    process, tmp_path, given
+):
+    flags, _ = process("run", given=given)
+    assert DUMP not in flags
+    assert not list(tmp_path.glob("cache/**/*.textproto"))
+    _, loaded = process("run", results(conv=1), given=f"{LEVEL}=2")
+    assert loaded is None
+    [path] = tmp_path.glob("cache/**/*.textproto")
+    assert path.name.startswith("quick-")
+
+
 def test_several_writers_lose_nothing(tmp_path):
     """Threads: a lock belongs to an opened file, as that of another process does."""
     names = [f"conv_{n}" for n in range(12)]
@@ -239,6 +252,7 @@ def test_a_record_says_how_algorithms_were_chosen_and_what_may_differ(process, t
         ("train", ["--resume", "--out", "RUN"]),
         ("evaluate", ["RUN"]),
         ("predict", ["RUN", "picture.png", "--out", "masks"]),
+        ("compare", ["RUN", "RUN"]),
     ],
 )
 def test_scripts_go_on_as_the_run_began(script, words, monkeypatch, tmp_path):

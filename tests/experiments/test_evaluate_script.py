@@ -20,6 +20,7 @@ from jaxunet.data import prepare
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
 from jaxunet.runs.loading import compile_probabilities, load
+from jaxunet.runs.record import load_config
 from jaxunet.runs.training import train
 
 
@@ -309,9 +310,54 @@ def test_two_runs_are_compared_image_by_image(world, tmp_path):
     assert len(found["most_different"]) == 3
     picture = Image.open(tmp_path / "out" / "comparison-copy-test.png").convert("RGB")
     assert np.asarray(picture).std() > 10
-    config = tmp_path / "copy" / "config.json"
-    config.write_text(config.read_text().replace(str(world / "own"), str(world / "other")))
+    other = ["compare.py", tmp_path / "copy", *words[2:], "--out", tmp_path / "out"]
+    status, output = run(other)
+    assert status == 1
+    assert "comparison-copy-test.json compares other runs" in output
+
+
+def test_a_difference_is_that_of_both_scorings_and_a_picture_in_the_way_costs_no_scores(
+    world, tmp_path
+):
+    config = load_config(world / "run")
+    # Hardly trained, it says much the same of all pixels.
+    settings = dataclasses.replace(config.train, seed=1, threshold=0.6)
+    other = dataclasses.replace(config, train=settings)
+    train(other, prepare(other.data, progress=False), tmp_path / "b", show_progress=False)
+    (tmp_path / "out" / "comparison-b-test-best.png").mkdir(parents=True)
+    words = ("--split", "test", "--checkpoint", "best", "--out", tmp_path / "out")
+    status, output = run(["compare.py", world / "run", tmp_path / "b", *words])
+    assert status == 0, output
+    assert "is not drawn" in output
+    found = json.loads((tmp_path / "out" / "comparison-b-test-best.json").read_text())
+    dice = []
+    for each in (world / "run", tmp_path / "b"):
+        status, output = run(["evaluate.py", each, *words[:4], "--out", tmp_path / each.name])
+        assert status == 0, output
+        scores = json.loads((tmp_path / each.name / "evaluation-test-best.json").read_text())
+        dice.append(scores["scores"]["per_image"]["dice"])
+    assert found["scores"]["dice"]["difference"] == pytest.approx(dice[0] - dice[1])
+    assert dice[0] != dice[1]
+
+
+def test_images_that_only_share_their_names_are_not_compared(world, tmp_path):
+    other = load_config(world / "run")
+    for split, count in (("train", 8), ("validation", 2), ("test", 3)):
+        names = [path.stem for path in (world / "own" / split / "images").iterdir()]
+        pictures = {f"{n}.png": encoded(picture(90 + int(n), 16, 16)) for n in names}
+        assert len(names) == count
+        write_files(tmp_path / "own" / split / "images", pictures)
+        shutil.copytree(world / "own" / split / "masks", tmp_path / "own" / split / "masks")
+    data = dataclasses.replace(other.data, dir=tmp_path / "own")
+    other = dataclasses.replace(other, data=data)
+    train(other, prepare(data, progress=False), tmp_path / "b", show_progress=False)
+    words = ["compare.py", world / "run", tmp_path / "b", "--split", "test"]
     status, output = run([*words, "--out", tmp_path / "none"])
     assert status == 1
-    assert "are not the same images" in output
+    assert "Differing: fingerprint:" in output
     assert not list((tmp_path / "none").iterdir())
+    # Nor those of a run whose own data changed.
+    write_pairs(world / "own" / "test", [13])
+    status, output = run(["compare.py", world / "run", world / "run", "--split", "test"])
+    assert status == 1
+    assert "Scores of data that changed do not compare" in " ".join(output.split())

@@ -1,5 +1,7 @@
 """Averages over views, against NumPy's turns one by one."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,5 +50,8 @@ def test_probabilities_are_averaged_over_numpys_turns(views):
 def test_certain_views_stay_finite_and_one_that_is_not_finite_is_seen():
     certain = mean_logits(lambda x: jnp.full((*x.shape[:3], 1), 300.0), IMAGES, "d4")
     np.testing.assert_allclose(certain, 300)
-    broken = mean_logits(lambda x: network(x).at[0, 0, 0].set(jnp.nan), IMAGES, "flips")
-    assert not np.isfinite(broken[0, 0, 0, 0])
+    for value in (np.nan, np.inf, -np.inf):
+        broken = partial(lambda x, value: network(x).at[0, 0, 0].set(value), value=value)
+        found = mean_logits(broken, IMAGES, "flips")[0, ..., 0]
+        assert np.isnan(found[[0, 0, -1, -1], [0, -1, 0, -1]]).all()
+        assert np.isfinite(found).sum() == 32

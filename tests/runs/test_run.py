@@ -184,3 +184,12 @@ def test_what_is_recorded_of_a_run_stays(begun):
     assert after["config"] == before["config"]
     assert after["dataset"] == {"name": "synthetic", "fingerprint": "0" * 8}
     assert after["has_checkpoints"] is False
+
+
+def test_how_a_gpu_was_to_choose_outlasts_a_resume_on_another_device(begun):
+    record = json.loads((begun / "config.json").read_text())
+    assert record["tuning"] == "not on a GPU"
+    tuned = {"tune": "quick", "deterministic": True}
+    (begun / "config.json").write_text(json.dumps({**record, "tuning": tuned}))
+    resume(begun).write_config()
+    assert json.loads((begun / "config.json").read_text())["tuning"] == tuned
