@@ -68,15 +68,12 @@ class Scored:
         self.evaluation.require_finite(self.model.step, f"{config.name} {split}")
 
     def rows(self, chosen: list[int]) -> list[Any]:
-        config = self.model.config
         return prediction_rows(
             [(index, "") for index in chosen],
             compile_probabilities(self.strategy, self.model.recipe, self.model.variables),
             self.evaluation.counts,
             self.source,
-            image_size=config.data.image_size,
-            batch_size=tuning.eval_batch_size(config.train),
-            threshold=config.train.threshold,
+            self.model.config,
         )
 
 
@@ -160,10 +157,10 @@ def main() -> None:
         },
     )
     names = (first.name, second.name) if first.name != second.name else ("first", "second")
+    show(found, names, len(one.ids))
     picture = path.with_suffix(".png")
     rows = list(zip(one.rows(chosen), other.rows(chosen), strict=True))
     pictures = drawn(picture, partial(comparison.draw, *counts, rows, picture, names))
-    show(found, names, len(one.ids))
     print(f"Written: {', '.join(map(str, [path, *pictures]))}")
 
 

@@ -151,15 +151,12 @@ def draw_worst(
 ) -> list[Path]:
     """The gallery beside `path`; nothing, and a line on stderr, if it can't be drawn."""
     order = np.argsort(per_image(evaluation.counts)["dice"], kind="stable")
-    config = model.config
     rows = prediction_rows(
         [(int(index), "") for index in order[:count]],
         compile_probabilities(strategy, model.recipe, model.variables),
         evaluation.counts,
         source,
-        image_size=config.data.image_size,
-        batch_size=tuning.eval_batch_size(config.train),
-        threshold=config.train.threshold,
+        model.config,
     )
     picture = path.with_name(f"{path.stem}-worst.png")
     title = f"The {len(rows)} images with the lowest Dice of {len(order)}"

@@ -189,7 +189,7 @@ def main() -> int:
         record["folder"] = str(results)
         complete = run_programme(chosen, arguments, record)
     for name, part in record["parts"].items():
-        print(f"{name:14} {part['outcome']:8} {part.get('last_line', '')[:100]}")
+        print(f"{name:19} {part['outcome']:8} {part.get('last_line', '')[:100]}")
     print(f"Written: {arguments.out}/gpu-programme.json and gpu-results.tgz")
     return 0 if complete else 1
 

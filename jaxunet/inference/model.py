@@ -87,6 +87,7 @@ def load(run: Path | str, which: Which = "latest", views: Views = "none") -> Mod
     >>> model = jaxunet.load("runs/a", "best")
 
     Raises:
+        ConfigError: there are no such `views`.
         RunError: `run` is no run directory, or has no checkpoint that fits it.
     """
     return Model(load_trained(Path(run), which, views))

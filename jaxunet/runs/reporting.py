@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxunet.config import Config
 from jaxunet.data.images import resize_image, resize_mask
 from jaxunet.data.reader import DataSource
+from jaxunet.devices.tuning import eval_batch_size
 from jaxunet.learning.metrics import per_image
 from jaxunet.runs import figures
 from jaxunet.runs.loading import Probabilities
@@ -20,10 +22,7 @@ def write_figures(
     probabilities: Probabilities,
     counts: np.ndarray,
     source: DataSource,
-    *,
-    image_size: int,
-    batch_size: int,
-    threshold: float,
+    config: Config,
     title: str,
 ) -> list[Path]:
     """Draw `figures/curves.png` and `figures/predictions.png` under `run`.
@@ -32,7 +31,6 @@ def write_figures(
         probabilities: see `jaxunet.runs.loading.compile_probabilities`.
         counts: [images, 4], of `source` in its order; they choose the best, the median and
             the worst image to show.
-        batch_size: rows that `probabilities` is called with.
 
     Returns:
         The files written. One that can't be drawn is none of them: the run is done, and a
@@ -42,15 +40,8 @@ def write_figures(
     lines = read_metrics(run / "metrics.jsonl")
     written = drawn(curves, partial(figures.curves, lines, curves))
 
-    rows = prediction_rows(
-        figures.select_rows(per_image(counts)["dice"]),
-        probabilities,
-        counts,
-        source,
-        image_size=image_size,
-        batch_size=batch_size,
-        threshold=threshold,
-    )
+    chosen = figures.select_rows(per_image(counts)["dice"])
+    rows = prediction_rows(chosen, probabilities, counts, source, config)
     return written + drawn(predictions, partial(figures.predictions, rows, predictions, title))
 
 
@@ -59,15 +50,14 @@ def prediction_rows(
     probabilities: Probabilities,
     counts: np.ndarray,
     source: DataSource,
-    *,
-    image_size: int,
-    batch_size: int,
-    threshold: float,
+    config: Config,
 ) -> list[figures.PredictionRow]:
     """The rows of `figures.predictions` for `chosen` examples: indices of `source`, labels.
 
     The others are as in `write_figures`.
     """
+    image_size, threshold = config.data.image_size, config.train.threshold
+    batch_size = eval_batch_size(config.train)
     dice = per_image(counts)["dice"]
     examples = [source[index] for index, _ in chosen]
     images = [resize_image(e["image"], image_size, image_size) for e in examples]

@@ -270,9 +270,7 @@ class Trainer:
             compile_probabilities(self.own_strategy, self.recipe, host.variables),
             evaluation.counts,
             self.validation_feed.source,
-            image_size=data.image_size,
-            batch_size=self.eval_batch_size,
-            threshold=train.threshold,
+            self.config,
             title=f"{dataset['name']} {dataset['split']}, after {train.epochs} epochs: "
             f"mean Dice {evaluation.scores['per_image']['dice']:.3f}",
         )

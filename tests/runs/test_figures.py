@@ -11,6 +11,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from jaxunet.config import Config, DataConfig, TrainConfig
 from jaxunet.runs import figures
 from jaxunet.runs.canvas import BLUE, GREEN, SKY, VERMILLION, YELLOW
 from jaxunet.runs.reporting import write_figures
@@ -256,10 +257,8 @@ def test_a_figure_that_fails_costs_a_line_not_the_run(tmp_path, monkeypatch, cap
         lambda images: np.zeros((*images.shape[:3], 1), np.float32),
         np.array([[0, 0, 0, 64]]),
         examples,
-        image_size=8,
-        batch_size=2,
-        threshold=0.5,
-        title="title",
+        Config(DataConfig(image_size=16), train=TrainConfig(eval_batch_size=2)),
+        "title",
     )
     assert written == [tmp_path / "figures" / "predictions.png"]
     said = capsys.readouterr().err
