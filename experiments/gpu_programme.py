@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 from command_line import parse, run_script
 
-from jaxunet.config import require_positive
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
+from jaxunet.ranges import require_positive
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
