@@ -42,10 +42,10 @@ class ModelConfig:
     encoder: EncoderName = "plain"
     """What gives the decoder its feature maps. Each has its parameters, the GFLOPs of a picture
     of 256 px, and where `imagenet` weights come from.
-    plain: 18.8 M, 48.0; none. The U-Net's own, of `width` and `depth`, here the default ones.
-    efficientnet_lite0: 3.0 M, 0.9; the extra `[pretrained]`.
-    efficientnet_lite1: 3.7 M, 1.4; the same.
-    efficientnet_lite2: 4.3 M, 1.9; the same.
+    plain: 18.8 M, 34.0; none. The U-Net's own, of `width` and `depth`, here the default ones.
+    efficientnet_lite0: 3.0 M, 1.0; the extra `[pretrained]`.
+    efficientnet_lite1: 3.7 M, 1.3; the same.
+    efficientnet_lite2: 4.4 M, 1.4; the same.
     resnet18: 11.2 M, 4.7; timm's repository, by huggingface_hub and the network.
     resnet34: 21.3 M, 9.6; the same.
     resnet50: 23.5 M, 10.7; the same."""

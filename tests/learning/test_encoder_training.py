@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from tiny_encoder import TINY, tiny_encoder
 
 from jaxunet.bench.flops import layers
 from jaxunet.config import Config, ModelConfig, OptimizerConfig
@@ -19,20 +20,12 @@ from jaxunet.interop.layouts import layout_of
 from jaxunet.learning.augment import normalize
 from jaxunet.learning.optim import make_optimizer
 from jaxunet.learning.steps import init_state, make_recipe, predict_step, train_step
-from jaxunet.model.encoders import efficientnet_lite
 from jaxunet.model.encoders.registry import ENCODERS
-
-# Of a configuration that no other test has, as recipes are kept by configuration.
-TINY = ModelConfig(encoder="efficientnet_lite0", decoder_width=3, norm="batch")
-STAGES = tuple((3, stride, 2, 8, 1) for stride in (1, 2, 2, 2, 1, 2, 1))
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """EfficientNet-Lite0 with a block a stage and few channels, which compiles in seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(efficientnet_lite, "STAGES", STAGES)
-        patch.setattr(efficientnet_lite, "STEM", 8)
+    with tiny_encoder():
         yield
 
 

@@ -4,8 +4,11 @@ import io
 import os
 import re
 import struct
+import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,3 +179,41 @@ def test_a_missing_package_or_an_exchanged_file_is_named(
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed\. Install the extra \[pretrained\]"):
         starting_weights(LITE0)
+
+
+def test_a_repository_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    resnet = ModelConfig(encoder="resnet18", weights="imagenet")
+
+    def refuse(name: str, file: str) -> str:
+        assert (name, file) == ("timm/resnet18.tv_in1k", "model.safetensors")
+        raise OSError("no network")
+
+    hub = SimpleNamespace(hf_hub_download=refuse)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    instead = r"fetch model\.safetensors of huggingface\.co/timm/resnet18\.tv_in1k"
+    with pytest.raises(DataError, match=rf"cannot be had \(OSError\).*{instead}"):
+        starting_weights(resnet)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=rf"pip install huggingface_hub.*{instead}"):
+        starting_weights(resnet)
+
+
+def test_what_a_repository_gave_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(safetensors.numpy.save(made("timm")))
+    source = sources.Repository("timm/lite0", licence="Apache-2.0")
+    monkeypatch.setitem(sources.SOURCES, "efficientnet_lite0", source)
+    hub = SimpleNamespace(hf_hub_download=lambda name, file: str(tmp_path / file))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    weights = starting_weights(LITE0)
+    assert weights is not None
+    assert weights.record == {
+        "source": "huggingface.co/timm/lite0 model.safetensors",
+        "sha256": sources.digest(file.read_bytes()),
+        "licence": "Apache-2.0",
+    }
+    by_file = starting_weights(replace(LITE0, weights=file))
+    assert by_file is not None
+    assert by_file.record["source"] == "model.safetensors"
