@@ -7,8 +7,13 @@ from typing import Literal
 from jaxunet.ranges import require, require_at_least
 
 EncoderName = Literal[
-    *("plain", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"),
-    *("resnet18", "resnet34", "resnet50"),
+    "plain",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "resnet18",
+    "resnet34",
+    "resnet50",
 ]
 
 
