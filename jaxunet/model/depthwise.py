@@ -5,6 +5,7 @@ makes one loop over memory of; its gradients are such sums, too. Elsewhere it is
 """
 
 from functools import lru_cache, partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -32,7 +33,7 @@ def depthwise_conv(
 @lru_cache
 def _forms(sides: tuple[int, int], size: int, stride: int, padding: Padding) -> Bilinear:
     """The convolution of images of so many rows and columns."""
-    options = {"size": size, "stride": stride, "padding": padding}
+    options: dict[str, Any] = {"size": size, "stride": stride, "padding": padding}
     grouped = partial(_grouped, stride=stride, padding=padding)
 
     def product(x: Image, kernel: Kernel) -> Image:

@@ -48,7 +48,7 @@ def _efficientnet_lite(width: float, depth: float) -> Iterator[Layer]:
         for block in range(blocks):
             place = f"stage_{stage}_block_{block}"
             timm, package = f"blocks.{stage}.{block}", f"_blocks.{number}"
-            parts = (
+            parts: tuple[tuple[str, ...], ...] = (
                 ("depthwise", "conv_dw", "bn1", "_depthwise_conv", "_bn1"),
                 ("project", "conv_pw", "bn2", "_project_conv", "_bn2"),
             )

@@ -1,6 +1,5 @@
 """Training with a pretrained encoder: its rate, its freezing, devices, sizes, what it sees."""
 
-import inspect
 from dataclasses import replace
 from functools import cache, partial
 
@@ -9,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import traverse_util
 from tiny_encoder import TINY, tiny_encoder
 
-from jaxunet.bench.flops import layers
 from jaxunet.config import Config, ModelConfig, OptimizerConfig
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import ConfigError
@@ -145,18 +142,3 @@ def test_export_to_pytorch_is_refused() -> None:
         ConfigError, match=r"reference needs model\.encoder 'plain' \(it is 'res"
     ):
         layout_of(ModelConfig(encoder="resnet18"))
-
-
-def test_the_help_lists_every_encoder_with_its_size() -> None:
-    text = inspect.getsource(ModelConfig)
-    for encoder in ENCODERS:
-        found = layers(ModelConfig(encoder=encoder), 256, 256)
-        variables = jax.eval_shape(
-            ENCODERS[encoder].make(ModelConfig(encoder=encoder), None, False).init,
-            *(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.ones(1, bool)),
-        )
-        leaves = traverse_util.flatten_dict(variables["params"]).values()
-        millions = sum(leaf.size for leaf in leaves) / 1e6
-        flops = sum(v.flops for k, v in found.items() if k.startswith("encoder")) / 1e9
-        line = f"{encoder}: {millions:.1f} M, {flops:.1f};"
-        assert line in text, line

@@ -15,6 +15,7 @@ for classification is left out.
 """
 
 import math
+from collections.abc import Sequence
 
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
@@ -42,14 +43,14 @@ MAPS = (0, 1, 2, 4, 6)
 """The stages after which a map is given: the last of their size."""
 
 
-def same_padding(height: int, width: int, size: int, stride: int) -> Padding:
+def same_padding(sides: Sequence[int], size: int, stride: int) -> Padding:
     """TensorFlow's `SAME`: an odd zero goes to the far side."""
 
     def around(side: int) -> tuple[int, int]:
         missing = max((-(-side // stride) - 1) * stride + size - side, 0)
         return missing // 2, missing - missing // 2
 
-    return around(height), around(width)
+    return around(sides[0]), around(sides[1])
 
 
 def scaled(channels: int, factor: float) -> int:
@@ -80,7 +81,7 @@ class Depthwise(nn.Module):
         kernel_init, _ = initializers(self.config.init, self.size**2)
         shape = (self.size, self.size, 1, x.shape[-1])
         kernel = self.param("kernel", kernel_init, shape).astype(x.dtype)
-        padding = same_padding(*x.shape[1:3], self.size, self.stride)
+        padding = same_padding(x.shape[1:3], self.size, self.stride)
         return depthwise_conv(x, kernel, self.stride, padding)
 
 
@@ -128,7 +129,7 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features, weight: Bool[Array, " batch"]) -> list[Map | None]:
-        padding = same_padding(*x.shape[1:3], 3, 2)
+        padding = same_padding(x.shape[1:3], 3, 2)
         x = StridedConv(self.config, STEM, 3, 2, padding, name="stem")(x)
         norm = batch_norm(self.config, self.axis_name, self.train, EPSILON, "stem_norm")
         x = relu6(norm(x, weight))
