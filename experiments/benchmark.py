@@ -12,29 +12,29 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 import jax
 from command_line import parse, run_script
 
+from jaxunet.bench.card import card, cudnn_version, share_memory, use_tf32
 from jaxunet.bench.feeding import make_preparation
 from jaxunet.bench.figures import draw
-from jaxunet.bench.measure import (
-    Setting,
-    Timing,
-    fits,
-    measure_layers,
-    measure_loops,
-    measure_steps,
-    write_trace,
-)
+from jaxunet.bench.kernels import profile, text
+from jaxunet.bench.measure import fits, measure_layers, measure_loops
 from jaxunet.bench.products import matmul_rate
+from jaxunet.bench.race import measure_steps
 from jaxunet.bench.rounds import describe, time_rounds
+from jaxunet.bench.setting import Setting, Timing
 from jaxunet.bench.tables import show, title
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxunet.config_json import to_dict
+from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import check_divisible
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
 from jaxunet.model import cpu
 
-VARIABLES = ("XLA_FLAGS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", cpu.SWITCH)
+VARIABLES = (
+    *("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "NVIDIA_TF32_OVERRIDE"),
+    *("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", cpu.SWITCH),
+)
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Arguments(Timing, Config):
+class Arguments(tuning.Tuning, Timing, Config):
     sweep: Sweep = field(default_factory=Sweep)
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
     profile: Path | None = None
-    """Also write a trace of three training steps into this folder, for Perfetto and
-    TensorBoard."""
+    """Also write into this folder a trace of three training steps, for Perfetto and
+    TensorBoard, and a table of their dearest kernels by layer and kind."""
     out: Path = field(default_factory=lambda: Path("experiments/results"))
     """Folder for NAME.json and NAME.png."""
     name: str = "benchmark"
@@ -122,19 +122,24 @@ def main() -> None:
         train=TrainConfig(batch_size=4, eval_batch_size=4, augment="none"),
     )
     arguments = parse(Arguments, "Measure step throughput.", default)
+    tuning.use(arguments)
     if arguments.rounds < 1:
         raise ConfigError(f"--rounds is {arguments.rounds}, but at least 1 must be timed.")
     check_writable(arguments.out, "--out")
     if arguments.profile is not None:
         check_writable(arguments.profile, "--profile")
-    points = settings(arguments)
     against = ["torch"] if arguments.against == "pytorch" else []
+    if against:
+        share_memory()
+    tf32 = use_tf32(arguments.tf32, pytorch=bool(against))
+    points = settings(arguments)
     if against:  # before any long work starts
         from jaxunet.interop.pytorch_unet import make_pytorch_unet
 
         make_pytorch_unet(replace(arguments.model, dtype="float32", remat=False))
     dtypes = sorted({point.config.model.dtype for point in points})
-    rates = {dtype: matmul_rate(dtype, jax.devices()[0]) for dtype in dtypes}
+    seconds = min(0.3, arguments.seconds)
+    rates = {dtype: matmul_rate(dtype, jax.devices()[0], seconds) for dtype in dtypes}
     result: dict[str, Any] = {
         "points": [],
         "matmul_rate": rates,
@@ -144,7 +149,10 @@ def main() -> None:
             **{name: os.environ.get(name, "") for name in VARIABLES},
             "rounds": arguments.rounds,
             "seconds": arguments.seconds,
+            "tf32": tf32,
         },
+        "card": card(),
+        "cudnn": cudnn_version(),
         **environment(*against),
     }
     if "preparation" in arguments.measure:
@@ -153,23 +161,29 @@ def main() -> None:
         result["preparation"] = {name: describe(times[name], 1) for name in makers}
     path = arguments.out / f"{arguments.name}.json"
     loops = {"pipeline", "training"} & set(arguments.measure)
+
+    def save() -> None:
+        """After each contestant: what is cut keeps the others."""
+        result["fits"] = fits(result["points"])
+        write_json(path, result)
+
     for number, setting in enumerate(points, 1):
         print(f"Measuring {number} of {len(points)}: {setting.record()}", flush=True)
         rate = rates[setting.config.model.dtype]["flops_per_second"]
         point: dict[str, Any] = {"setting": setting.record()}
-        point |= measure_steps(setting, arguments, rate)
+        result["points"].append(point)
+        measure_steps(setting, arguments, rate, point, save)
         if loops:
             point |= measure_loops(setting, arguments)
         if "layers" in arguments.measure:
             point["layers"] = measure_layers(setting, arguments)
-        result["points"].append(point)
-        result["fits"] = fits(result["points"])
-        write_json(path, result)  # after each point: an interrupted sweep keeps the others
+        point["card"] = card()  # its clocks and temperature while it is warm
+        save()
     draw(result, path.with_suffix(".png"), title(result))
     show(result)
     print(f"Written: {path} and {path.with_suffix('.png')}")
     if arguments.profile is not None:
-        write_trace(points[0], arguments.profile)
+        print(text(profile(points[0], arguments.profile)))
         print(f"Trace:   {arguments.profile}, for https://ui.perfetto.dev or TensorBoard")
 
 

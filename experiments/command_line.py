@@ -105,7 +105,7 @@ def preset(name: str) -> Config:
 
 
 def print_scores(result: dict[str, Any]) -> None:
-    """A table of every score under every protocol, headed by what was scored."""
+    """A table of every score and its interval, headed by what was scored."""
     dataset = result["dataset"]
     count = f"{dataset['count']} images"
     for split, counts in dataset["unofficial_splits"].items():
@@ -123,6 +123,9 @@ def print_scores(result: dict[str, Any]) -> None:
     for protocol, values in protocols.items():
         cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
         table.add_row(protocol.replace("_", " "), *cells)
+        between = result["intervals"][protocol]
+        ranges = (between.get(name, ()) for name in names)
+        table.add_row("  95%", *("-".join(f"{end:.3f}" for end in ends) for ends in ranges))
     Console(width=max(100, Console().width)).print(table)
 
 

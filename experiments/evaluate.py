@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -11,23 +12,36 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
+import numpy as np
 import tyro
 from command_line import parse, print_scores, run_script
 
 from jaxunet.config import Config, DataConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
+from jaxunet.data.reader import DataSource
 from jaxunet.data.sources import Pair
-from jaxunet.devices import distributed
+from jaxunet.devices import distributed, tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
-from jaxunet.files import check_writable, write_json
+from jaxunet.files import check_writable, write_atomically, write_json
 from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
-from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report
+from jaxunet.learning.metrics import per_image
+from jaxunet.learning.views import Views
+from jaxunet.ranges import require_at_least
+from jaxunet.runs import figures
+from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
-from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
+from jaxunet.runs.record import (
+    other_data,
+    read_record,
+    recorded_dataset,
+    recorded_fingerprint,
+    recorded_tuning,
+)
+from jaxunet.runs.reporting import drawn, prediction_rows
 
 DESCRIPTION = "Score a run on a split, of its own data or of others."
 T = TypeVar("T")
@@ -55,13 +69,15 @@ class Data(DataConfig):
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(tuning.Tuning):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     split: str = "validation"
     """Split to score; TFDS slices such as `test[:100]` work."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint: the last one, or the best on the validation split."""
+    views: Views = "none"
+    """Average probabilities over a picture's four flips, or its eight turns (d4)."""
     out: Path | None = None
     """Folder to write to (none: the run directory)."""
     parallel: Literal["pmap", "jit"] = "pmap"
@@ -71,6 +87,8 @@ class Arguments:
     native: bool = False
     """Predict each original at its own size, write the masks to OUT/native-SPLIT, and score
     them as the challenge does."""
+    worst: int = 0
+    """Draw so many of the images with the lowest Dice, with both outlines (two dozen, say)."""
     zip: bool = False
     """With --native, also pack the masks into OUT/native-SPLIT.zip, ready to submit."""
     data: Data = Data()
@@ -92,14 +110,18 @@ def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool
     return DataConfig(**vars(filled)), on_purpose
 
 
-def file_name(split: str, *, native: bool, other: str | None, best: bool) -> str:
+def file_name(
+    split: str, *, native: bool, other: str | None, best: bool, views: Views = "none"
+) -> str:
     """What the results are called: another name for all that may give other scores.
 
-    `[native-][DATASET-]SPLIT[-best]`, with DATASET where it is not the run's own, and of a
-    slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
+    `[native-][DATASET-]SPLIT[-best][-VIEWS]`, with DATASET where it is not the run's own, and
+    of a slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
     """
     slices = split.replace(" ", "").translate({ord("["): "_", ord(":"): ".", ord("]"): None})
-    parts = ("native" if native else "", other, quote(slices, "%+"), "best" if best else "")
+    seen = "" if views == "none" else views
+    which = "best" if best else ""
+    parts = ("native" if native else "", other, quote(slices, "%+"), which, seen)
     return "-".join(filter(None, parts))
 
 
@@ -131,30 +153,62 @@ def score_originals(
         out,
         image_size=config.data.image_size,
         threshold=config.train.threshold,
-        batch_size=config.train.eval_batch_size,
+        batch_size=tuning.eval_batch_size(config.train),
     )
     return Evaluation(counts, None, time.perf_counter() - start)
+
+
+def draw_worst(
+    model: TrainedModel,
+    strategy: Strategy,
+    source: DataSource,
+    evaluation: Evaluation,
+    count: int,
+    path: Path,
+) -> list[Path]:
+    """The gallery beside `path`; nothing, and a line on stderr, if it can't be drawn."""
+    order = np.argsort(per_image(evaluation.counts)["dice"], kind="stable")
+    config = model.config
+    rows = prediction_rows(
+        [(int(index), "") for index in order[:count]],
+        compile_probabilities(strategy, model.recipe, model.variables),
+        evaluation.counts,
+        source,
+        image_size=config.data.image_size,
+        batch_size=tuning.eval_batch_size(config.train),
+        threshold=config.train.threshold,
+    )
+    picture = path.with_name(f"{path.stem}-worst.png")
+    title = f"The {len(rows)} images with the lowest Dice of {len(order)}"
+    return drawn(picture, partial(figures.gallery, rows, picture, title))
 
 
 def main() -> None:
     arguments = parse(Arguments, DESCRIPTION)
     if arguments.zip and not arguments.native:
         raise ConfigError("--zip packs the masks that --native writes: add --native.")
+    require_at_least("--worst", arguments.worst, 0)
+    if arguments.worst and (arguments.native or arguments.distributed):
+        raise ConfigError("--worst draws in one process, at the model's size: leave it out.")
+    tuned = recorded_tuning(arguments.run)
+    tuning.use(arguments, arguments.run, tuned, several=arguments.distributed)
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
         distributed.initialize()
     run, split, out = arguments.run, arguments.split, arguments.out or arguments.run
-    model = load(run, arguments.checkpoint)
+    model = load(run, arguments.checkpoint, arguments.views)
     distributed.on_main(
         lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
     )
     chosen, on_purpose = choose_data(arguments, model.config.data)
     config = replace(model.config, data=chosen)
-    check_divisible("train.eval_batch_size", config.train.eval_batch_size, jax.device_count())
+    eval_batch_size = tuning.eval_batch_size(config.train)
+    check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     strategy = make_strategy(arguments.parallel)
     if arguments.native:
         pairs, dataset = originals(chosen, split)
+        ids = [pair.id for pair in pairs]
     else:
         recorded = None if on_purpose else recorded_fingerprint(run)
         data = distributed.main_first(
@@ -163,6 +217,7 @@ def main() -> None:
         )
         check_hosts(config, data)
         dataset = describe_split(data, split, chosen.image_size)
+        ids = data.ids(split)
     difference = distributed.on_main(
         lambda: other_data(run, dataset, chosen), "comparing the data"
     )
@@ -176,6 +231,7 @@ def main() -> None:
         native=arguments.native,
         other=chosen.name if difference else None,
         best=arguments.checkpoint == "best",
+        views=arguments.views,
     )
     path = out / f"evaluation-{name}.json"
     if difference:
@@ -191,12 +247,20 @@ def main() -> None:
         )
     if not distributed.is_main():
         return
+    tuning.keep(run)
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
     trained_on = recorded_dataset(read_record(run))
-    write_json(path, {**result, "trained_on": trained_on, **made})
+    each = path.with_suffix(".csv")
+    write_atomically(each, table(ids, evaluation))
+    write_json(path, {**result, "views": arguments.views, "trained_on": trained_on, **made})
     print_scores(result)
-    print(f"Written: {path}")
+    written = [path, each]
+    if arguments.worst:
+        written += draw_worst(
+            model, strategy, data.source(split), evaluation, arguments.worst, path
+        )
+    print(f"Written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

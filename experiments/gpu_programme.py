@@ -1,32 +1,48 @@
-"""All that only a GPU can show, in nine minutes: `python experiments/gpu_programme.py`."""
+"""What only a GPU can show, part by part: `gpu_programme.py --out DIR [--data-dir ISIC2018]`.
 
+The parts are independent, the most telling first. Each has a limit of its own, and writes into
+a folder that is packed again every few seconds. So a cut keeps what there was: in DIR lie
+`gpu-programme.json` (what ran, what failed and with which last line) and `gpu-results.tgz`
+(results, figures and the log of each part).
+"""
+
+import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 from command_line import parse, run_script
+from gpu_parts import HERE, Name, Part, parts
 
+from jaxunet.bench.card import card, share_memory
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
 from jaxunet.ranges import require_positive
 
-HERE = Path(__file__).parent
 ROOT = HERE.parent
+PACK_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class Arguments:
     data_dir: Path | None = None
-    """ISIC 2018 data for the reproduction (none: it is left out)."""
-    out: Path = field(default_factory=lambda: Path("experiments/results"))
-    """Folder for gpu-*.json and gpu-*.png."""
+    """ISIC 2018 data, for the parts that train on them."""
+    out: Path = field(default_factory=lambda: Path("gpu"))
+    """Folder for gpu-programme.json and gpu-results.tgz."""
+    only: tuple[Name, ...] = ()
+    """Parts to run (all, if none is named)."""
     minutes: float = 9.0
     """What is not done by then is stopped; what was measured stays."""
     quick: bool = False
@@ -36,115 +52,138 @@ class Arguments:
         require_positive("--minutes", self.minutes)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One command, with the longest it may take of the whole time."""
-
-    name: str
-    command: list[str]
-    share: float
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def resolved(arguments: Arguments) -> Arguments:
-    """With absolute paths: parts run in the repository, wherever the programme was started."""
-    data_dir = arguments.data_dir and arguments.data_dir.resolve()
-    return replace(arguments, data_dir=data_dir, out=arguments.out.resolve())
+def equal_bits(results: Path) -> dict[str, Any] | None:
+    """Whether two runs with --deterministic had the same losses; None if there are no two."""
+    paths = [results / f"gpu-deterministic{again}.json" for again in ("", "-again")]
+    if not all(path.exists() for path in paths):
+        return None
+    first, second = (json.loads(path.read_text())["runs"][0]["jaxunet"] for path in paths)
+    same = [a == b for a, b in zip(first["losses"], second["losses"], strict=True)]
+    first_other = same.index(False) if False in same else None
+    return {"steps": len(same), "first_that_differs": first_other}
 
 
-def parts(arguments: Arguments) -> list[Part]:
-    def script(name: str, *words: object) -> list[str]:
-        return [sys.executable, str(HERE / name), *map(str, words), "--out", str(arguments.out)]
+def run_part(part: Part, seconds: float, log: Path, keep: Callable[[], None]) -> dict[str, Any]:
+    """Run one command for at most `seconds`, with `keep` called every few of them.
 
-    tiny = ["--model.width", "4", "--model.depth", "2", "--data.image-size", "16"]
-    shape = tiny if arguments.quick else ["--model.width", "64", "--data.image-size", "256"]
-    timing = ["--rounds", "2", "--seconds", "0.01"] if arguments.quick else ["--seconds", "0.5"]
-    steps = [*shape, *timing, "--measure", "train"]
-    batches = ("2", "4") if arguments.quick else ("32", "128")
-    tests = [
-        "tests/interop/test_parity.py",
-        "tests/devices/test_parallel.py",
-        "tests/model/test_unet.py",
-    ]
-    found = [
-        Part(
-            "throughput-bfloat16",
-            script(
-                "benchmark.py",
-                *steps,
-                *("--model.dtype", "bfloat16", "--against", "pytorch"),
-                *("--sweep.batch-size", *batches, "--name", "gpu-throughput-bfloat16"),
-            ),
-            0.35,
-        ),
-        Part(
-            "throughput-float32",
-            script(
-                "benchmark.py",
-                *(*steps, "training", "--against", "pytorch"),
-                *("--train.batch-size", "8", "--name", "gpu-throughput-float32"),
-            ),
-            0.25,
-        ),
-        Part(
-            "tests",
-            [sys.executable, "-m", "pytest", "-x", *(tests[2:] if arguments.quick else tests)],
-            0.4,
-            # In float32 the tensor cores' TF32 would round to three digits.
-            {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "NVIDIA_TF32_OVERRIDE": "0"},
-        ),
-    ]
-    if arguments.data_dir is not None:
-        words = [
-            "--data.dir",
-            arguments.data_dir.absolute(),
-            "--against",
-            "pytorch",
-            "--seeds",
-            0,
-            1,
-            2,
-        ]
-        words += ["--data.cache", "device", "--name", "gpu-reproduction"]
-        found.insert(2, Part("reproduction", script("reproduce.py", *words), 1.0))
+    Returns:
+        `outcome` ("done", "failed" or "cut"), `seconds`, `limit`, `exit_status` and the
+        `last_line` of what it said.
+    """
+    print(f"== {part.name} (at most {seconds:.0f} s): {' '.join(part.command[1:])}", flush=True)
+    start = time.perf_counter()
+    status: int | None = None
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env={**os.environ, **part.environment},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            while status is None and (left := start + seconds - time.perf_counter()) > 0:
+                try:
+                    status = process.wait(timeout=min(left, PACK_EVERY))
+                except subprocess.TimeoutExpired:
+                    keep()
+        finally:
+            if status is None:
+                _end(process)
+    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
+    found = {
+        "outcome": "cut" if status is None else "failed" if status else "done",
+        "seconds": round(time.perf_counter() - start, 1),
+        "limit": round(seconds, 1),
+        "exit_status": status,
+        "last_line": next((line for line in reversed(lines) if line.strip()), "")[:300],
+    }
+    print(f"   {found['outcome']} after {found['seconds']} s: {found['last_line']}", flush=True)
     return found
 
 
-def run_part(part: Part, seconds: float) -> dict[str, Any]:
-    """Run one command for at most `seconds`; interrupted, it keeps what it has written."""
-    print(f"== {part.name} (at most {seconds:.0f} s): {' '.join(part.command[1:])}", flush=True)
-    start = time.perf_counter()
-    process = subprocess.Popen(part.command, cwd=ROOT, env={**os.environ, **part.environment})
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a part and all that it started, what outlives it too."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Everything in `folder`; the archive before it stays until the new one is whole."""
+    part = archive.with_suffix(".part")
+    with tarfile.open(part, "w:gz") as tar:
+        tar.add(folder, arcname=".")
+    part.replace(archive)
+
+
+def run_programme(chosen: list[Part], arguments: Arguments, record: dict[str, Any]) -> bool:
+    """Run the parts, one after the other; whether all were done.
+
+    Args:
+        record: the summary, which gets an entry for each part.
+    """
+    end = time.perf_counter() + 60 * arguments.minutes
+    results = Path(record["folder"])
+    done = record["parts"] = {part.name: {"outcome": "not begun"} for part in chosen}
+
+    def keep() -> None:
+        record["deterministic_runs"] = equal_bits(results)
+        write_json(arguments.out / "gpu-programme.json", record)
+        pack(results, arguments.out / "gpu-results.tgz")
+
     try:
-        status: int | None = process.wait(timeout=max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
-        status = None
-    return {"seconds": time.perf_counter() - start, "exit_status": status}
+        for part in chosen:
+            left = end - time.perf_counter()
+            if left < part.limit / 2:
+                done[part.name] = {"outcome": f"not begun: {left:.0f} s were left"}
+                continue
+            done[part.name] = {"outcome": "cut with the programme"}  # unless it ends
+            log = results / f"{part.name}.log"
+            done[part.name] = run_part(part, min(left, part.limit), log, keep)
+            keep()
+    finally:
+        keep()
+    return all(each["outcome"] == "done" for each in done.values())
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def main() -> int:
-    arguments = parse(Arguments, "Throughput against PyTorch, parity and reproduction.")
+    arguments = parse(Arguments, "All that only a GPU can show.")
     if arguments.data_dir is not None and not arguments.data_dir.is_dir():
         raise ConfigError(f"--data-dir is {arguments.data_dir}, which is not a folder.")
     check_writable(arguments.out, "--out")
-    arguments = resolved(arguments)
-    record: dict[str, Any] = {"command": command_line(), **environment()}
+    share_memory()  # with the parts, too
+    record: dict[str, Any] = {"command": command_line(), "card": card(), **environment("torch")}
     if record["devices"]["platform"] != "gpu" and not arguments.quick:
         raise ConfigError(
             f"JAX sees no GPU but {record['devices']['kind']!r}. Install the extra [cuda], or "
             "try the programme itself with --quick."
         )
-    end = time.perf_counter() + 60 * arguments.minutes
-    done: dict[str, Any] = {}
-    for part in parts(arguments):
-        left = end - time.perf_counter()
-        done[part.name] = run_part(part, min(left, 60 * arguments.minutes * part.share))
-        write_json(arguments.out / "gpu-programme.json", {**record, "parts": done})
-    failed = [name for name, each in done.items() if each["exit_status"] != 0]
-    print(f"Written: {arguments.out}/gpu-*.json" + (f"; failed: {failed}" if failed else ""))
-    return 1 if failed else 0
+    signal.signal(signal.SIGTERM, _stop)
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results"
+        results.mkdir()
+        found = parts(results, arguments.data_dir, quick=arguments.quick)
+        missing = set(arguments.only) - {part.name for part in found}
+        if missing:
+            raise ConfigError(
+                f"--only names {', '.join(sorted(missing))}, which trains on ISIC 2018: give "
+                "--data-dir."
+            )
+        chosen = [p for p in found if not arguments.only or p.name in arguments.only]
+        record["folder"] = str(results)
+        complete = run_programme(chosen, arguments, record)
+    for name, part in record["parts"].items():
+        print(f"{name:14} {part['outcome']:8} {part.get('last_line', '')[:100]}")
+    print(f"Written: {arguments.out}/gpu-programme.json and gpu-results.tgz")
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

@@ -13,17 +13,19 @@ import tyro
 from command_line import parse, run_script
 
 from jaxunet.data.images import read_image
+from jaxunet.devices import tuning
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import predict_files
+from jaxunet.learning.views import Views
 from jaxunet.ranges import require_at_least
 from jaxunet.runs.loading import compile_probabilities, load
-from jaxunet.runs.record import load_config
+from jaxunet.runs.record import load_config, recorded_tuning
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(tuning.Tuning):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -36,6 +38,8 @@ class Arguments:
     """Fill holes and keep the largest region only."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint: the last one, or the best on the validation split."""
+    views: Views = "none"
+    """Average probabilities over a picture's four flips, or its eight turns (d4)."""
     recursive: bool = False
     """Take the pictures of folders below folders too, and keep that structure under --out."""
     probabilities: bool = False
@@ -60,6 +64,7 @@ def main() -> int:
     suffixes += [PROBABILITY_SUFFIX] * arguments.probabilities
     # Whatever is wrong with RUN, inputs or --out is said before the model is loaded.
     load_config(arguments.run)
+    tuning.use(arguments, arguments.run, recorded_tuning(arguments.run))
     found = plan(
         list(arguments.inputs),
         arguments.out,
@@ -71,7 +76,7 @@ def main() -> int:
         print(f"passed over, no kind of image read here: {listed(found.others)}")
     if found.results:
         print(f"passed over, results or hidden by their names: {listed(found.results)}")
-    model = load(arguments.run, arguments.checkpoint)
+    model = load(arguments.run, arguments.checkpoint, arguments.views)
     strategy = make_strategy("pmap")
     devices = jax.device_count()
     report = predict_files(

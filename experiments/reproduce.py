@@ -1,6 +1,7 @@
 """The reference protocol, beside PyTorch: `reproduce.py --data.dir DIR [--against pytorch]`."""
 
 import dataclasses
+import os
 import statistics
 import sys
 import tempfile
@@ -15,9 +16,11 @@ from presets import reference
 from rich.console import Console
 from rich.table import Table
 
+from jaxunet.bench.card import card, cudnn_version, share_memory, use_tf32
 from jaxunet.config import Config
 from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
+from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
@@ -31,9 +34,12 @@ LABELS = {"pytorch": "PyTorch", "jaxunet": "jaxunet"}
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
+class Arguments(tuning.Tuning, Config):
     against: Literal["nothing", "pytorch"] = "nothing"
-    """Also train the reference in PyTorch on the same weights, order and flips."""
+    """Also train the reference in PyTorch on the same weights, order and flips. It takes its
+    images from the device's memory; --data.cache device has jaxunet do so too."""
+    tf32: bool = True
+    """Whether float32 products may be rounded to TF32 on an NVIDIA GPU, in both frameworks."""
     seeds: tuple[int, ...] = (0,)
     """Seeds to repeat it with; more than one gives mean and spread."""
     out: Path = field(default_factory=lambda: Path("experiments/results"))
@@ -135,7 +141,12 @@ def main() -> None:
     start = reference()
     default = Arguments(start.data, start.model, start.optimizer, start.train)
     arguments = parse(Arguments, "Reproduce the reference's protocol.", default)
+    tuning.use(arguments)
     check(arguments)
+    pytorch = arguments.against == "pytorch"
+    if pytorch:
+        share_memory()
+    tf32 = use_tf32(arguments.tf32, pytorch=pytorch)
     config = arguments.config
     data = prepare(config.data)
     size = config.data.image_size
@@ -147,13 +158,16 @@ def main() -> None:
         "runs": runs,
         "config": to_dict(config),
         "command": command_line(),
-        **environment(*(["torch"] if arguments.against == "pytorch" else [])),
+        "flags": {"tf32": tf32, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
+        "card": card(),
+        "cudnn": cudnn_version(),
+        **environment(*(["torch"] if pytorch else [])),
     }
     path = arguments.out / f"{arguments.name}.json"
     for seed in arguments.seeds:
         seeded = replace(config, train=replace(config.train, seed=seed))
         run: dict[str, Any] = {"seed": seed}
-        if arguments.against == "pytorch":
+        if pytorch:
             run["pytorch"] = train_reference(seeded, data)
         run["jaxunet"] = train_jaxunet(seeded, data)
         runs.append(run)

@@ -12,15 +12,20 @@ from presets import PRESETS
 
 from jaxunet.config import Config
 from jaxunet.data import prepare
-from jaxunet.devices import distributed
+from jaxunet.devices import distributed, tuning
 from jaxunet.pretrained.starting import starting_weights
 from jaxunet.runs.directory import RunDirectory
-from jaxunet.runs.record import config_of_main, load_config, recorded_fingerprint
+from jaxunet.runs.record import (
+    config_of_main,
+    load_config,
+    recorded_fingerprint,
+    recorded_tuning,
+)
 from jaxunet.runs.training import train
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
+class Arguments(tuning.Tuning, Config):
     out: Path | None = None
     """Run directory to write (none: runs/PRESET)."""
     resume: bool = False
@@ -52,6 +57,8 @@ def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
 
 def main() -> None:
     arguments, out = read_arguments(sys.argv[1:])
+    recorded = recorded_tuning(out) if arguments.resume else None
+    tuning.use(arguments, out, recorded, several=arguments.distributed)
     if arguments.distributed:
         distributed.initialize()
     config = config_of_main(lambda: arguments.config)
@@ -59,9 +66,9 @@ def main() -> None:
     with RunDirectory(out, config, resume=arguments.resume) as run:
         if not distributed.on_main(lambda: run.has_checkpoints, "looking for checkpoints"):
             starting_weights(config.model)
-    recorded = recorded_fingerprint(out)
+    fingerprint = recorded_fingerprint(out)
     data = distributed.main_first(
-        lambda: prepare(config.data, progress=distributed.is_main(), recorded=recorded),
+        lambda: prepare(config.data, progress=distributed.is_main(), recorded=fingerprint),
         "preparing the data",
     )
     outcome = train(

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -90,6 +91,13 @@ class Bar(Generic[Item]):
                 )
             except OSError:  # a pipe that nobody reads, a disk that is full
                 self._stream = None
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, if it takes one."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:

@@ -193,8 +193,9 @@ class TrainConfig:
     batch_size: int = 8
     """Images in a global batch, all devices together; a step takes one such batch, or
     optimizer.accumulate_steps of them."""
-    eval_batch_size: int = 4
-    """Images in a global batch of evaluation; scores don't depend on it."""
+    eval_batch_size: int | None = None
+    """Images in a global batch of evaluation; scores don't depend on it (none: 4, and on a
+    GPU as in training, whose algorithms are searched for by then)."""
     loss: Literal["bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"] = "bce"
     """Loss function."""
     augment: Literal["none", "flip"] = "flip"
@@ -211,8 +212,10 @@ class TrainConfig:
     """Per-image validation score by which the best checkpoint is kept."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "log_every"):
+        for name in ("epochs", "batch_size", "log_every"):
             require_at_least(f"train.{name}", getattr(self, name), 1)
+        if self.eval_batch_size is not None:
+            require_at_least("train.eval_batch_size", self.eval_batch_size, 1)
         require_at_least("train.checkpoint_every", self.checkpoint_every, 0)
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "from 0 to 2**63 - 1")
         require(0 < self.threshold < 1, "train.threshold", self.threshold, "between 0 and 1")

@@ -1,13 +1,16 @@
 import os
 import sys
 import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from scripts import FAST_COMPILE
 
 # Before JAX starts: eight simulated devices, so that sharding is tested everywhere. Compiling
-# takes most of the time; without optimisation it takes half of that. Scripts that are run in
-# a process of their own have one device (`scripts.environment`).
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# takes most of the time. Scripts that are run in a process of their own have one device
+# (`scripts.environment`).
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", FAST_COMPILE]
 )
 
 # PyTorch's threads would wait for each other at every small operation.
@@ -22,7 +25,6 @@ import atexit
 import importlib
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -30,7 +32,6 @@ from jaxtyping import install_import_hook
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-sys.path.insert(0, str(Path(__file__).parent))
 # What a hooked module is the first to import would be compiled from its source: 5 s a process.
 for name in ("grain", "matplotlib.figure", "optax", "orbax.checkpoint", "tensorflow_datasets"):
     importlib.import_module(name)

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"
+# XLA compiles in half the time, without optimisation and in one piece.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 SMALL = [
     *("--data.image-size", "16", "--data.synthetic-train", "24"),
     *("--data.synthetic-validation", "6", "--model.width", "4", "--model.depth", "2"),
@@ -18,10 +20,10 @@ def command(script: str, *words: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One device; without optimisation XLA compiles in half the time."""
+    """One device, and programs that are compiled fast."""
     return {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": FAST_COMPILE,
         "COLUMNS": "100",
     }
 

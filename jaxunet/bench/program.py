@@ -46,6 +46,7 @@ class Operation:
         flops: of a product without a TPU's estimate, else 0; a multiplication and its addition
             count 2.
         operands: the type of what such a product multiplies, in XLA's words.
+        opcode: XLA's; a fusion has its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Operation:
     moved_bytes: int = 0
     flops: float = 0
     operands: str = ""
+    opcode: str = ""
 
 
 @dataclass
@@ -83,17 +85,36 @@ Computations = dict[str, dict[str, _Instruction]]
 
 def operations(program: str) -> list[Operation]:
     """All products and all operations with a cost, of the text of an optimised program."""
+    return [
+        each
+        for each, is_fused in _operations(program)
+        if (
+            each.kind == "convolution"
+            or each.cycles is not None
+            or each.microseconds is not None
+        )
+        and not (is_fused and each.flops)  # a product's size is its fusion's
+    ]
+
+
+def by_name(program: str) -> dict[str, Operation]:
+    """All operations, fused ones too, by name; also in the letters that a GPU calls them in."""
+    found: dict[str, Operation] = {}
+    for each, _ in _operations(program):
+        found[each.name] = each
+        found.setdefault(re.sub(r"[.\-]", "_", each.name), each)
+    return found
+
+
+def _operations(program: str) -> Iterator[tuple[Operation, bool]]:
+    """Each operation, and whether it is fused into another."""
     computations = _parse(program)
     fused = {
         name for around in computations.values() for i in around.values() for name in i.called
     }
-    return [
-        operation
-        for name, around in computations.items()
-        for instruction in around.values()
-        if (operation := _operation(instruction, around, computations)) is not None
-        and not (name in fused and operation.flops)  # a product's size is its fusion's
-    ]
+    for name, around in computations.items():
+        for instruction in around.values():
+            yield _operation(instruction, around, computations), name in fused
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
@@ -129,7 +150,7 @@ def _parse(program: str) -> Computations:
 
 def _operation(
     instruction: _Instruction, around: dict[str, _Instruction], computations: Computations
-) -> Operation | None:
+) -> Operation:
     line = instruction.line
     cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
     # The second figure, of the same name, is a bound ("speed of light").
@@ -137,8 +158,6 @@ def _operation(
     inside = list(_inside(instruction, computations))
     parts = [*inside, (instruction, around)]
     product = next((part for part in parts if _is_product(part[0])), None)
-    if cycles is None and microseconds is None and product is None:
-        return None
     source = instruction.source
     if product is not None and product[0].source:
         source = product[0].source
@@ -160,12 +179,14 @@ def _operation(
         float(microseconds[1]) if microseconds else None,
         _moved_bytes(instruction, around),
         *size,
+        instruction.opcode,
     )
 
 
 def _is_product(instruction: _Instruction) -> bool:
-    libraries = re.search(r'custom_call_target="__(cudnn\$conv|cublas\$)', instruction.line)
-    return instruction.opcode in _PRODUCTS or libraries is not None
+    # A CPU's are jaxunet's own, or oneDNN's.
+    libraries = r'custom_call_target="(__cudnn\$conv|__cublas\$|__onednn\$|jaxunet\.)'
+    return instruction.opcode in _PRODUCTS or re.search(libraries, instruction.line) is not None
 
 
 def _inside(

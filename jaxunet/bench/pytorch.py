@@ -1,10 +1,12 @@
 """PyTorch's side of the benchmark: the same work in each of PyTorch's good forms."""
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,13 +14,14 @@ import torch.nn.functional as F
 
 from jaxunet.bench.products import random_convolution
 from jaxunet.bench.rounds import Contestant
+from jaxunet.bench.setting import Form
 from jaxunet.bench.steps import Mode, random_batch
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 
-FORMS = ("eager", "channels_last", "compile", "compile_channels_last")
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,26 +31,39 @@ class PytorchContestant:
     Attributes:
         warm_up_seconds: the first three steps, with what they compile.
         loss: of the first training step.
+        held_bytes: of the GPU by PyTorch, before this form came.
     """
 
     step: Callable[[], torch.Tensor]
-    wait: Callable[[], None]
+    device: torch.device
     warm_up_seconds: float
     loss: float | None
+    held_bytes: int
 
     def __call__(self, steps: int) -> None:
         for _ in range(steps):
             self.step()
-        self.wait()
+        _wait(self.device)
+
+    def peak_bytes(self) -> int | None:
+        """Most that it held of a GPU at once up to now; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated() - self.held_bytes
 
 
-def make_pytorch_steps(
-    config: Config, mode: Mode, host_state: Any, batch_size: int
-) -> tuple[dict[str, PytorchContestant], dict[str, str]]:
-    """Every form that runs here, and for each of the others the reason why it doesn't.
+def with_form(
+    form: Form,
+    config: Config,
+    mode: Mode,
+    host_state: Any,
+    batch_size: int,
+    race: Callable[[PytorchContestant], T],
+) -> T | str:
+    """What `race` gives of a form of PyTorch, or the reason why that form doesn't run here.
 
-    With `model.dtype` bfloat16 all forms run under autocast. TF32 is left to PyTorch's own
-    default.
+    With `model.dtype` bfloat16 it runs under autocast. On a GPU cuDNN's algorithms are chosen
+    by trial, as XLA chooses them. Afterwards nothing is held of the form.
 
     Args:
         host_state: jaxunet's `TrainState`, for the same weights.
@@ -57,29 +73,66 @@ def make_pytorch_steps(
     """
     if config.optimizer.name != "adam" or config.train.loss != "bce":
         raise ConfigError("The benchmark against PyTorch has optimizer adam and loss bce only.")
-    contestants, unavailable = {}, {}
-    for form in FORMS:
+    if form == "graphs" and not torch.cuda.is_available():
+        return "CUDA graphs are a GPU's"
+    try:
+        run = _make(form, config, mode, host_state, batch_size)
+    except ConfigError:
+        raise
+    except Exception as error:  # torch.compile fails in many ways, mostly for a compiler
+        reason = _reason(error)
+    else:
         try:
-            contestants[form] = _make(form, config, mode, host_state, batch_size)
-        except ConfigError:
-            raise
-        except Exception as error:  # torch.compile fails in many ways, mostly for a compiler
-            lines = str(error).strip().splitlines() or [""]
-            unavailable[form] = f"{type(error).__name__}: {lines[0][:200]}"
-    return contestants, unavailable
+            return race(run)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = _reason(error)
+        finally:
+            del run
+            _release()
+    _release()  # now that no traceback holds on to it
+    return reason
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    before = "out of memory: " if _is_out_of_memory(error) else ""
+    return f"{before}{type(error).__name__}: {lines[0][:200]}"
+
+
+def _release() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _make(
-    form: str, config: Config, mode: Mode, host_state: Any, batch_size: int
+    form: Form, config: Config, mode: Mode, host_state: Any, batch_size: int
 ) -> PytorchContestant:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held = 0
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
     plain = replace(config.model, dtype="float32", remat=False)
     model: Any = make_pytorch_unet(plain)
     weights = state_dict_from_variables(plain, host_state.variables, "reference")
     model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     model.to(device)
     memory_format = torch.contiguous_format
-    if "channels_last" in form:
+    if form not in ("compile", "eager"):
         memory_format = torch.channels_last
     model = model.to(memory_format=memory_format)
     optimizer = torch.optim.Adam(
@@ -117,10 +170,9 @@ def _make(
     def probabilities(images: torch.Tensor) -> torch.Tensor:
         return forward(images).sigmoid()
 
-    if form.startswith("compile"):
-        torch.compiler.reset()
-        loss, scored = torch.compile(loss), torch.compile(scored)
-        probabilities = torch.compile(probabilities)
+    if form not in ("channels_last", "eager"):
+        compiled = partial(torch.compile, mode="reduce-overhead" if form == "graphs" else None)
+        loss, scored, probabilities = map(compiled, (loss, scored, probabilities))
 
     def train_once() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -137,20 +189,22 @@ def _make(
     def predict_once() -> torch.Tensor:
         return probabilities(images)
 
-    step = {"train": train_once, "eval": eval_once, "predict": predict_once}[mode]
+    once = {"train": train_once, "eval": eval_once, "predict": predict_once}[mode]
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def step() -> torch.Tensor:
+        if form == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
+        return once()
 
     model.train(mode == "train")
     start = time.perf_counter()
     first = step()
-    for _ in range(2):
+    # At once: a graph's next run writes over what this one gave.
+    first_loss = first.item() if mode == "train" else None
+    for _ in range(2):  # the second one records a graph
         step()
-    wait()
-    seconds = time.perf_counter() - start
-    return PytorchContestant(step, wait, seconds, first.item() if mode == "train" else None)
+    _wait(device)
+    return PytorchContestant(step, device, time.perf_counter() - start, first_loss, held)
 
 
 def make_pytorch_products(shape: tuple[int, ...], dtype: str) -> dict[str, Contestant]:

@@ -66,6 +66,7 @@ class StepContestant:
         warm_up_seconds: the first call.
         program_bytes: memory of arguments, outputs and temporaries on a device.
         loss: of the first training step.
+        compiled: the program, as XLA gives it.
     """
 
     step: Callable[[], Any]
@@ -74,6 +75,7 @@ class StepContestant:
     warm_up_seconds: float
     program_bytes: int | None
     loss: float | None
+    compiled: Any
 
     def __call__(self, steps: int) -> None:
         for _ in range(steps):
@@ -130,6 +132,7 @@ def make_step(
         time.perf_counter() - start,
         _program_bytes(compiled),
         float(strategy.fetch(first)["loss"]) if mode == "train" else None,
+        compiled,
     )
 
 

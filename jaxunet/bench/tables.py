@@ -41,6 +41,8 @@ def show(result: dict[str, Any]) -> None:
                     f"[bold]{entry['ratio_to_pytorch']['median']:.3f}",
                     f"{low:.3f} to {high:.3f}",
                 )
+        for mode, reason in point.get("out_of_memory", {}).items():
+            table.add_row(f"{mode} step, jaxunet", "", f"not run: {reason[:40]}")
         if "pipeline" in point:
             row(table, "input pipeline alone", point["pipeline"])
         for cache, found in point.get("training", {}).items():
@@ -50,7 +52,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_section()
         for name, found in result["preparation"].items():
             row(table, f"decode and resize a 6-megapixel JPEG, {name.replace('_', ' ')}", found)
-    Console(width=max(110, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
     for point in result["points"]:
         if "layers" in point:
             show_layers(point["layers"])

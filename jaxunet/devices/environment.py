@@ -9,8 +9,11 @@ from typing import Any
 
 import jax
 
+from jaxunet.devices import tuning
 from jaxunet.model import cpu
 from jaxunet.workers import usable_cores
+
+ROOT = Path(__file__).parents[2]
 
 
 def environment(*others: str) -> dict[str, Any]:
@@ -22,8 +25,9 @@ def environment(*others: str) -> dict[str, Any]:
     Returns:
         `versions`, by package (None for one that is used without being installed, as jaxunet
         from a checkout); `devices`; `host`; `cpu_loops`, how many lanes the loops of
-        `jaxunet.model.cpu` have, or why they are off; `git_commit` of jaxunet's code (None
-        outside its repository).
+        `jaxunet.model.cpu` have, or why they are off; `tuning`, how a GPU's algorithms were
+        chosen (`jaxunet.devices.tuning`); `git_commit` of jaxunet's code (None outside its
+        repository).
     """
     packages = (
         "jaxunet",
@@ -50,6 +54,7 @@ def environment(*others: str) -> dict[str, Any]:
         },
         "host": {"machine": platform.machine(), "cpu": _cpu_model(), "cores": usable_cores()},
         "cpu_loops": cpu.status() if devices[0].platform == "cpu" else "not on a CPU",
+        "tuning": tuning.record() if devices[0].platform == "gpu" else "not on a GPU",
         "git_commit": _git_commit(),
     }
 
@@ -69,19 +74,25 @@ def _cpu_model() -> str | None:
     return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), None)
 
 
-def _git_commit(file: Path = Path(__file__)) -> str | None:
-    """The commit that `file` is of, None if no repository tracks it.
+def _git_commit(file: Path = Path(__file__), root: Path = ROOT) -> str | None:
+    """The commit that `file` is of, None if no repository of its own tracks it.
 
-    It may lie in another's repository, as in a virtual environment there.
+    Its checkout may be a copy in another repository, which tracks it, or lie in a virtual
+    environment there: the commit of that one would say nothing of the code.
+
+    Args:
+        root: the folder that jaxunet's repository has the file in.
     """
 
     def git(*words: str) -> str:
         command = ["git", *words]
-        done = subprocess.run(command, cwd=file.parent, capture_output=True, check=True)
+        done = subprocess.run(command, cwd=root, capture_output=True, check=True)
         return done.stdout.decode().strip()
 
     try:
-        git("ls-files", "--error-unmatch", file.name)
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(root):
+            return None
+        git("ls-files", "--error-unmatch", str(file.relative_to(root)))
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

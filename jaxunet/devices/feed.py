@@ -38,25 +38,38 @@ class Feed:
         config: DataConfig,
         *,
         progress: bool = True,
+        fill: bool = True,
     ):
         """Prepare to feed; with a cache on the devices, read the whole split.
+
+        Args:
+            fill: False to leave that to `fill`.
 
         Raises:
             ConfigError: the split is larger than the memory of a device.
         """
         self.strategy, self.config = strategy, config
         self.source = InMemory(source, config.image_size) if config.cache == "host" else source
+        self._progress = progress
+        self._from_device = config.cache == "device"
         self._on_devices: Any = None
-        if config.cache == "device":
+        if self._from_device:
             _check_fits(len(source), config.image_size)
-            self._on_devices = strategy.replicate(_read_all(source, config, progress))
+        if fill:
+            self.fill()
+
+    def fill(self) -> None:
+        """Put the whole split on the devices if it is to lie there; before the first step."""
+        if self._from_device and self._on_devices is None:
+            whole = _read_all(self.source, self.config, self._progress)
+            self._on_devices = self.strategy.replicate(whole)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def batches(self, order: BatchSampler, last_batch: int) -> Batches:
         """Batches 0 to `last_batch` (exclusive) on the host, for `place`."""
-        if self._on_devices is None:
+        if not self._from_device:
             return make_batches(self.source, self.config, order, last_batch)
         return Batches(lambda start: _index_batches(order, start, last_batch))
 
@@ -66,7 +79,7 @@ class Feed:
 
     def compile(self, step: Step, *, outputs: Outputs, donate: bool = False) -> Step:
         """`Strategy.compile` of a step whose batches come from `place`."""
-        if self._on_devices is None:
+        if not self._from_device:
             return self.strategy.compile(step, outputs=outputs, donate=donate)
 
         def gathering_step(replicated: Any, batch: Any, split: Any) -> Any:
@@ -75,7 +88,41 @@ class Feed:
         compiled = self.strategy.compile(
             gathering_step, outputs=outputs, donate=donate, constants=1
         )
-        return lambda replicated, batch: compiled(replicated, batch, self._on_devices)
+        return _FromDevice(self, compiled)
+
+    def lower(self, step: Step, replicated: Any, batch_size: int) -> jax.stages.Lowered:
+        """A step of `compile`, lowered for global batches that are not there yet.
+
+        Args:
+            replicated: a tree of arrays or shapes as the step takes it; nothing is read.
+        """
+
+        def shape(*sizes: int, dtype: Any = np.uint8) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(sizes, dtype)
+
+        def examples(count: int) -> dict[str, jax.ShapeDtypeStruct]:
+            side = self.config.image_size
+            return {"image": shape(count, side, side, 3), "mask": shape(count, side, side, 1)}
+
+        weight = {"weight": shape(batch_size)}
+        if not isinstance(step, _FromDevice):
+            batch = examples(batch_size) | weight
+            lower: Any = step
+            return lower.lower(*self.strategy.outline(replicated, batch))
+        batch = {"index": shape(batch_size, dtype=np.int32)} | weight
+        both = (replicated, examples(len(self)))
+        (replicated, split), batch = self.strategy.outline(both, batch)
+        return step.compiled.lower(replicated, batch, split)
+
+
+class _FromDevice:
+    """A step that takes its examples from the split that `feed` has put on the devices."""
+
+    def __init__(self, feed: Feed, compiled: Any):
+        self._feed, self.compiled = feed, compiled
+
+    def __call__(self, replicated: Any, batch: Any) -> Any:
+        return self.compiled(replicated, batch, self._feed._on_devices)
 
 
 def gather(split: Any, batch: Any) -> Any:

@@ -15,6 +15,7 @@ from jaxunet.data.images import resize_image
 from jaxunet.data.prepare import prepare
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import DataError
+from jaxunet.learning.views import Views
 from jaxunet.runs.checkpoint import Which
 from jaxunet.runs.evaluation import describe_split, report
 from jaxunet.runs.loading import (
@@ -78,15 +79,17 @@ class Model:
         return compile_probabilities(strategy, self.trained.recipe, self.trained.variables)
 
 
-def load(run: Path | str, which: Which = "latest") -> Model:
+def load(run: Path | str, which: Which = "latest", views: Views = "none") -> Model:
     """The model of a run directory: its latest checkpoint, or the best on validation.
+
+    `views` flips averages probabilities over a picture's four flips, d4 over its eight turns.
 
     >>> model = jaxunet.load("runs/a", "best")
 
     Raises:
         RunError: `run` is no run directory, or has no checkpoint that fits it.
     """
-    return Model(load_trained(Path(run), which))
+    return Model(load_trained(Path(run), which, views))
 
 
 def evaluate(
@@ -94,6 +97,7 @@ def evaluate(
     split: str = "validation",
     which: Which = "latest",
     *,
+    views: Views = "none",
     data: DataConfig | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -102,13 +106,14 @@ def evaluate(
     >>> jaxunet.evaluate("runs/a", "test")["scores"]["per_image"]["dice"]
 
     Args:
+        views: see `load`.
         data: other data than the run's own (its `image_size` is taken from the run).
 
     Raises:
         RunError: `run` has no checkpoint that fits it.
         DataError: there is no such split, or the run's own data have changed.
     """
-    model = load_trained(Path(run), which)
+    model = load_trained(Path(run), which, views)
     own = model.config.data
     chosen = replace(data, image_size=own.image_size) if data else own
     recorded = None if data else recorded_fingerprint(Path(run))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 
@@ -110,6 +109,8 @@ def clean_up(mask: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "heig
     Pixels that touch at a corner belong together. Of components of equal size the first in
     reading order stays. An empty mask stays empty.
     """
+    import scipy.ndimage  # late: nobody else needs it, and it takes most of a second
+
     filled = scipy.ndimage.binary_fill_holes(mask)
     labels, count = scipy.ndimage.label(filled, structure=np.ones((3, 3)))
     if count > 1:

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from jaxunet.bars import Bar
-from jaxunet.config import Config
+from jaxunet.config import Config, DataConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data.pipeline import make_batches
-from jaxunet.data.reader import DataSource, HostBatch
-from jaxunet.data.sampler import BatchSampler
+from jaxunet.data.reader import DataSource
+from jaxunet.data.sampler import PADDING, BatchSampler
+from jaxunet.devices import tuning
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
@@ -27,6 +28,9 @@ from jaxunet.learning.augment import example_keys, seed_key
 from jaxunet.learning.metrics import scores
 from jaxunet.learning.steps import init_state, make_recipe
 from jaxunet.provenance import disagreement
+
+Split = tuple[torch.Tensor, torch.Tensor]
+"""Images [n, s, s, 3] and masks [n, s, s, 1], uint8, on the device."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Training:
     Attributes:
         losses: of every step, in order.
         epochs: for each epoch `train_loss`, `loss` on the validation split, and `scores`.
-        seconds: wall time, evaluation and compilation included.
+        seconds: wall time, evaluation and compilation included, reading the images not.
         images_per_second: training images over that time.
     """
 
@@ -115,7 +119,9 @@ def train_pytorch(
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
     flip = flips(config.train.seed, config.train.batch_size)
-    batches = make_batches(train_source, config.data, order, steps)
+    train_split, validation_split = (
+        _read(source, config.data, device) for source in (train_source, validation_source)
+    )
 
     losses: list[float] = []
     epochs: list[dict[str, Any]] = []
@@ -126,9 +132,8 @@ def train_pytorch(
         bar = range(order.batches_per_epoch)
         for _ in Bar(f"PyTorch epoch {epoch + 1}", len(bar), bar, show=progress):
             step = epoch * order.batches_per_epoch + len(pending)
-            images, masks = _tensors(
-                next(batches), device, flip(step) if config.train.augment == "flip" else None
-            )
+            flipped = flip(step) if config.train.augment == "flip" else None
+            images, masks = _batch(train_split, order.indices(step), flipped)
             optimizer.zero_grad()
             loss = F.binary_cross_entropy_with_logits(model(images), masks)
             loss.backward()
@@ -140,38 +145,47 @@ def train_pytorch(
         total = sum(
             loss * count for loss, (_, count) in zip(epoch_losses, pending, strict=True)
         )
-        evaluated = _evaluate(model, validation_source, config, device)
+        evaluated = _evaluate(model, validation_split, config)
         epochs.append({"train_loss": total / examples, **evaluated})
-    batches.close()
     seconds = time.perf_counter() - start
     count = len(train_source) * config.train.epochs
     return Training(losses, epochs, seconds, count / seconds)
 
 
-def _tensors(
-    batch: HostBatch, device: torch.device, flipped: np.ndarray | None = None
+def _read(source: DataSource, config: DataConfig, device: torch.device) -> Split:
+    """All examples in the dataset's order, on the device as uint8: as jaxunet's own
+    `data.cache` 'device' keeps them."""
+    order = BatchSampler(len(source), min(32, len(source)))
+    parts = list(make_batches(source, config, order, order.batches_per_epoch))
+    images, masks = (
+        np.concatenate([part[name] for part in parts])[: len(source)]
+        for name in ("image", "mask")
+    )
+    return torch.from_numpy(images).to(device), torch.from_numpy(masks).to(device)
+
+
+def _batch(
+    split: Split, indices: np.ndarray, flipped: np.ndarray | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The real examples of a batch, flipped and normalised: images and masks, NCHW."""
-    real = batch["weight"] > 0
-    images, masks = batch["image"][real], batch["mask"][real]
+    """The real examples among `indices`, flipped and normalised: images and masks, NCHW."""
+    real = indices != PADDING
+    chosen = torch.from_numpy(indices[real]).to(split[0].device)
+    images, masks = (part[chosen] for part in split)
     if flipped is not None:
-        chosen = flipped[: len(real)][real][:, None, None, None]
-        images = np.where(chosen, images[:, :, ::-1], images)
-        masks = np.where(chosen, masks[:, :, ::-1], masks)
+        turned = torch.from_numpy(flipped[real]).to(images.device)[:, None, None, None]
+        images = torch.where(turned, images.flip(2), images)
+        masks = torch.where(turned, masks.flip(2), masks)
     # A permuted view of NHWC memory is PyTorch's channels_last.
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
-    truth = torch.from_numpy(np.ascontiguousarray(masks)).to(device).permute(0, 3, 1, 2)
+    pixels, truth = images.permute(0, 3, 1, 2), masks.permute(0, 3, 1, 2)
     return (pixels.float() / 255 - 0.5) / 0.5, (truth > 0).float()
 
 
 @torch.no_grad()
-def _evaluate(
-    model: torch.nn.Module, source: DataSource, config: Config, device: torch.device
-) -> dict[str, Any]:
-    order = BatchSampler(len(source), config.train.eval_batch_size)
+def _evaluate(model: torch.nn.Module, split: Split, config: Config) -> dict[str, Any]:
+    order = BatchSampler(len(split[0]), tuning.eval_batch_size(config.train))
     counts, losses = [], []
-    for batch in make_batches(source, config.data, order, order.batches_per_epoch):
-        images, masks = _tensors(batch, device)
+    for number in range(order.batches_per_epoch):
+        images, masks = _batch(split, order.indices(number))
         logits = model(images)
         prediction, truth = logits.sigmoid() > config.train.threshold, masks > 0
         pairs = (

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 THRESHOLD_JACCARD = 0.65  # an image's IoU below this counts 0 in the ISIC 2018 challenge
 REFERENCE_BATCH = 4  # images whose pixels the reference pools before it scores them
+POOLED = ("dice", "iou")  # what is scored of pooled counts
 
 Counts = Int[np.ndarray, "images 4"]
 
@@ -57,6 +58,15 @@ def per_image(counts: Counts) -> dict[str, Float[np.ndarray, " images"]]:
     }
 
 
+def pooled_counts(counts: Counts) -> dict[str, Int[np.ndarray, "pools 4"]]:
+    """The counts as the protocols pool them that score several images as one; see `scores`."""
+    starts = np.arange(0, len(counts), REFERENCE_BATCH)
+    return {
+        "batch_of_4": np.add.reduceat(counts, starts, axis=0),
+        "pooled": counts.sum(axis=0, keepdims=True),
+    }
+
+
 def scores(counts: Counts) -> dict[str, dict[str, float]]:
     """The scores of a split under each protocol.
 
@@ -69,13 +79,8 @@ def scores(counts: Counts) -> dict[str, dict[str, float]]:
         may be smaller), which is the reference's protocol. `pooled`: Dice and IoU over all
         pixels of the split together.
     """
-    starts = np.arange(0, len(counts), REFERENCE_BATCH)
-    pooled_counts = {
-        "batch_of_4": np.add.reduceat(counts, starts, axis=0),
-        "pooled": counts.sum(axis=0, keepdims=True),
-    }
     result = {"per_image": {k: float(v.mean()) for k, v in per_image(counts).items()}}
-    for protocol, pooled in pooled_counts.items():
+    for protocol, pooled in pooled_counts(counts).items():
         values = per_image(pooled)
-        result[protocol] = {name: float(values[name].mean()) for name in ("dice", "iou")}
+        result[protocol] = {name: float(values[name].mean()) for name in POOLED}
     return result

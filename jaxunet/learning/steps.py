@@ -24,6 +24,7 @@ from jaxunet.learning.augment import example_keys, normalize, random_flip, seed_
 from jaxunet.learning.losses import LOSSES, LossFn, lesion_logits
 from jaxunet.learning.metrics import confusion_counts
 from jaxunet.learning.optim import make_optimizer, update_ema
+from jaxunet.learning.views import Views, mean_logits
 from jaxunet.model.resizing import center_crop
 from jaxunet.model.unet import UNet, make_unet
 
@@ -66,6 +67,8 @@ class Recipe:
     seed: int
     ema_decay: float | None
     threshold: float
+    views: Views = "none"
+    """In which views evaluation and prediction see a picture."""
 
 
 def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
@@ -250,7 +253,7 @@ def eval_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, A
         `counts` int32 [global batch, 4] (true and false positives, false and true
         negatives: see `jaxunet.learning.metrics`) and `loss` float32 [global batch].
     """
-    logits = _logits_at_input_size(recipe, variables, batch["image"])
+    logits = _logits(recipe, variables, batch["image"])
     truth = batch["mask"] > 0
     results = {
         "counts": confusion_counts(jax.nn.sigmoid(logits) > recipe.threshold, truth),
@@ -266,8 +269,16 @@ def predict_step(
 
     NaN for a logit that is not finite: an overflow says nothing of the pixel.
     """
-    logits = _logits_at_input_size(recipe, variables, images)
+    logits = _logits(recipe, variables, images)
     return jnp.where(jnp.isfinite(logits), jax.nn.sigmoid(logits), jnp.nan)
+
+
+def _logits(
+    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
+) -> Float[Array, "batch height width 1"]:
+    """Logits for every pixel, of all views together."""
+    one_view = partial(_logits_at_input_size, recipe, variables)
+    return mean_logits(one_view, images, recipe.views)
 
 
 def _logits_at_input_size(

@@ -7,6 +7,7 @@ tensorboard/     the same as event files
 checkpoints/     see `jaxunet.runs.checkpoint`
 figures/         curves.png, predictions.png
 summary.json     final scores, by protocol
+tuning/          on a GPU, the algorithms that its steps were compiled with
 """
 
 import errno
@@ -38,6 +39,7 @@ LOCK = ".jaxunet-lock"
 CONTINUABLE = (
     "train.epochs",
     "train.checkpoint_every",
+    "train.eval_batch_size",
     "optimizer.extend",  # what it changes, and whether it may, is said by `extend_schedule`
     "optimizer.extended_at",
     "data.dir",

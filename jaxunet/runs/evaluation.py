@@ -1,8 +1,10 @@
 """Score a model on a whole split: every image exactly once."""
 
+import csv
+import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +17,21 @@ from jaxunet.config import Config
 from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared
 from jaxunet.data.sampler import BatchSampler
+from jaxunet.devices import tuning
 from jaxunet.devices.distributed import same_everywhere
 from jaxunet.devices.environment import environment
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Step
 from jaxunet.errors import RunError
-from jaxunet.learning.metrics import scores
+from jaxunet.learning.bootstrap import intervals
+from jaxunet.learning.metrics import per_image, scores
 
 DECIDING_PACKAGES = ("jaxunet", "jax", "jaxlib", "flax", "optax", "numpy")
 LOCAL = ("data.dir", "data.prepared_dir", "data.loader", "data.workers")
 """Options that each host may have its own of: the examples are the same."""
+
+COUNTED = ("true_positives", "false_positives", "false_negatives", "true_negatives")
+"""What the columns of `Evaluation.counts` are, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def evaluate(
     start = time.perf_counter()
     order = BatchSampler(
         len(feed),
-        config.train.eval_batch_size,
+        tuning.eval_batch_size(config.train),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -112,6 +119,7 @@ def report(
     return {
         "dataset": dataset,
         "scores": evaluation.scores,
+        "intervals": intervals(evaluation.counts),
         **loss,
         "step": step,
         "epoch": epoch,
@@ -120,6 +128,17 @@ def report(
         if images_per_second is None
         else images_per_second,
     }
+
+
+def table(ids: Sequence[str], evaluation: Evaluation) -> str:
+    """A CSV file's text: the scores and the counts of each image, a line each."""
+    values = per_image(evaluation.counts)
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["id", *values, *COUNTED])
+    for place, (name, counts) in enumerate(zip(ids, evaluation.counts, strict=True)):
+        lines.writerow([name, *(f"{v[place]:.6f}" for v in values.values()), *counts])
+    return text.getvalue()
 
 
 def describe(
@@ -183,7 +202,8 @@ def check_hosts(config: Config, data: Prepared) -> None:
             },
             "config": to_dict(config),
             "git_commit": here["git_commit"],
+            "tuning": here["tuning"],
             "versions": {name: here["versions"][name] for name in DECIDING_PACKAGES},
         },
-        ignore={f"config.{name}" for name in LOCAL},
+        ignore={*(f"config.{name}" for name in LOCAL), "tuning.xla_flags"},
     )

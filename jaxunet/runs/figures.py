@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import Bool, Float, UInt8
+from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxunet.runs.canvas import (
     BLACK,
@@ -29,6 +29,7 @@ from jaxunet.runs.canvas import (
 )
 
 TRUTH, PREDICTION = SKY, YELLOW
+OUTLINES = (("ground truth", TRUTH, 3.0), ("prediction", PREDICTION, 1.1))
 
 Picture = UInt8[np.ndarray, "height width 3"]
 Mask = UInt8[np.ndarray, "height width"] | Bool[np.ndarray, "height width"]
@@ -112,11 +113,19 @@ def overlay(image: Picture, mask: Mask, colour: str = YELLOW) -> Picture:
         slice(max(0, places[0] - reach), places[-1] + reach + 1) for places in (rows, columns)
     )
     inside = lesion[box].astype(np.uint8)
-    size = 2 * reach + 1
-    grown = scipy.ndimage.maximum_filter(inside, size=size, mode="constant", cval=0)
-    shrunk = scipy.ndimage.minimum_filter(inside, size=size, mode="constant", cval=0)
+    grown, shrunk = _spread(inside, reach, outside=0), 1 - _spread(1 - inside, reach, outside=1)
     drawn[box][grown > shrunk] = np.round(np.array(to_rgb(colour)) * 255)
     return drawn
+
+
+def _spread(
+    mask: UInt8[np.ndarray, "height width"], reach: int, outside: int
+) -> UInt8[np.ndarray, "height width"]:
+    """Each pixel's largest value within `reach` rows and columns; `outside` beyond the edge."""
+    padded = np.pad(mask, reach, constant_values=outside)
+    for axis in (0, 1):
+        padded = sliding_window_view(padded, 2 * reach + 1, axis).max(-1)
+    return padded
 
 
 @with_own_settings
@@ -221,9 +230,7 @@ def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
         line[0].imshow(row.image)
         line[1].imshow(row.truth > 0, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[2].imshow(row.prediction > 0, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        line[3].imshow(row.image)
-        _contour(line[3], row.truth, TRUTH, 3)
-        _contour(line[3], row.prediction, PREDICTION, 1.1)
+        outlined(line[3], row)
         line[0].set_ylabel(
             f"{row.label}\nDice {row.dice:.3f}\n{row.name}",
             rotation=0,
@@ -234,11 +241,40 @@ def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
         )
         for axes in line:
             axes.set(xticks=[], yticks=[])
-    outlines = (("ground truth", TRUTH, 3), ("prediction", PREDICTION, 1.1))
+    explain_outlines(figure)
+    save(figure, path)
+
+
+@with_own_settings
+def gallery(rows: list[PredictionRow], path: Path, title: str) -> None:
+    """Draw every row's picture with both outlines, four side by side, to the PNG `path`."""
+    lines = -(-len(rows) // 4)
+    figure = Figure(figsize=(9.2, 2.5 * lines + 0.9), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    grid = figure.subplots(lines, 4, squeeze=False).ravel()
+    for axes in grid[len(rows) :]:
+        axes.axis("off")
+    for axes, row in zip(grid, rows, strict=False):  # the last line may be shorter
+        outlined(axes, row)
+        axes.set_title(f"{row.name}\nDice {row.dice:.3f}", fontsize=8)
+    explain_outlines(figure)
+    save(figure, path)
+
+
+def outlined(axes: Axes, row: PredictionRow) -> None:
+    """The picture, and on it the outlines of the truth and of the prediction."""
+    axes.imshow(row.image)
+    for mask, (_, colour, width) in zip((row.truth, row.prediction), OUTLINES, strict=True):
+        _contour(axes, mask, colour, width)
+    axes.set(xticks=[], yticks=[])
+
+
+def explain_outlines(figure: Figure) -> None:
+    """The legend of `outlined`, below the figure."""
     figure.legend(
         handles=[
             Line2D([], [], color=colour, linewidth=width, label=label)
-            for label, colour, width in outlines
+            for label, colour, width in OUTLINES
         ],
         loc="outside lower right",
         ncols=2,
@@ -246,7 +282,6 @@ def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
         labelcolor="white",
         fontsize=9,
     )
-    save(figure, path)
 
 
 def _series(

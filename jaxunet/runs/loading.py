@@ -1,7 +1,7 @@
 """A trained model, taken from a run directory, ready to be evaluated or to predict."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from jaxtyping import Float, UInt8
 
 from jaxunet.config import Config, DataConfig
 from jaxunet.data.prepared import Prepared
+from jaxunet.devices import tuning
+from jaxunet.devices.compiling import Compilation
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Strategy
 from jaxunet.errors import RunError
 from jaxunet.learning.steps import Recipe, eval_step, init_state, make_recipe, predict_step
+from jaxunet.learning.views import Views
 from jaxunet.runs.checkpoint import Checkpoints, Which
 from jaxunet.runs.evaluation import Evaluation, evaluate
 from jaxunet.runs.finite import not_finite
@@ -42,15 +45,15 @@ class TrainedModel:
     epoch: int
 
 
-def load(run: Path, which: Which = "latest") -> TrainedModel:
-    """The latest or the best checkpoint of `run`.
+def load(run: Path, which: Which = "latest", views: Views = "none") -> TrainedModel:
+    """The latest or the best checkpoint of `run`, and how it is to see pictures.
 
     Raises:
         RunError: `run` is no run directory, has no checkpoint that fits its configuration,
             or its weights are not finite.
     """
     config = config_of_main(lambda: load_config(run))
-    recipe = make_recipe(config)
+    recipe = replace(make_recipe(config), views=views)
     checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric, read_only=True)
     try:
         like = jax.eval_shape(partial(init_state, recipe))
@@ -79,9 +82,15 @@ def evaluate_split(
     Args:
         config: how the data are read.
     """
-    feed = Feed(strategy, data.source(split), config, progress=show_progress)
+    feed = Feed(strategy, data.source(split), config, progress=show_progress, fill=False)
     step = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
     variables = strategy.replicate(model.variables)
+    batch_size = tuning.eval_batch_size(model.config.train)
+    compilation = Compilation(
+        "the eval step", lambda: feed.lower(step, variables, batch_size), show=show_progress
+    )
+    feed.fill()  # meanwhile
+    compilation.finish()
     return evaluate(feed, step, variables, model.config, progress=show_progress)
 
 

@@ -1,6 +1,7 @@
 """What a run logs while it trains: metrics.jsonl, and TensorBoard's event files."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -64,6 +65,19 @@ class MetricsLog:
             self._events.close()
 
 
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keeps tensorboardX from importing PyTorch, two seconds for graphs that nobody draws."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # so Python's own documentation
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
 class Events:
     """Scalars for TensorBoard.
 
@@ -75,10 +89,10 @@ class Events:
 
     def __init__(self, folder: Path, *, purge_step: int):
         """Go on in `folder`; TensorBoard drops what older files say from `purge_step` on."""
-        # Imported late: where PyTorch is installed, tensorboardX imports it.
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        with _without_torch():
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         def scalar(name: str, value: float, step: int) -> Any:
             content = summary.scalar(name, value)

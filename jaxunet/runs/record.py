@@ -78,6 +78,17 @@ def recorded_dataset(record: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def recorded_tuning(run: Path) -> dict[str, Any]:
+    """How a GPU's algorithms were chosen for `run`; empty where nothing says it.
+
+    It is asked for before the devices start, and so before processes know each other.
+    """
+    if not (run / "config.json").exists():
+        return {}
+    found = read_record(run).get("tuning")
+    return found if isinstance(found, dict) else {}
+
+
 def recorded_fingerprint(run: Path) -> str | None:
     """The fingerprint of the data that `run` was trained on; None where nothing says it.
 

@@ -1,7 +1,7 @@
 """The pictures of a finished run, drawn from what it logged and how it scored."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +40,35 @@ def write_figures(
     """
     curves, predictions = run / "figures" / "curves.png", run / "figures" / "predictions.png"
     lines = read_metrics(run / "metrics.jsonl")
-    written = _drawn(curves, partial(figures.curves, lines, curves))
+    written = drawn(curves, partial(figures.curves, lines, curves))
 
+    rows = prediction_rows(
+        figures.select_rows(per_image(counts)["dice"]),
+        probabilities,
+        counts,
+        source,
+        image_size=image_size,
+        batch_size=batch_size,
+        threshold=threshold,
+    )
+    return written + drawn(predictions, partial(figures.predictions, rows, predictions, title))
+
+
+def prediction_rows(
+    chosen: Sequence[tuple[int, str]],
+    probabilities: Probabilities,
+    counts: np.ndarray,
+    source: DataSource,
+    *,
+    image_size: int,
+    batch_size: int,
+    threshold: float,
+) -> list[figures.PredictionRow]:
+    """The rows of `figures.predictions` for `chosen` examples: indices of `source`, labels.
+
+    The others are as in `write_figures`.
+    """
     dice = per_image(counts)["dice"]
-    chosen = figures.select_rows(dice)
     examples = [source[index] for index, _ in chosen]
     images = [resize_image(e["image"], image_size, image_size) for e in examples]
     masks = [resize_mask(e["mask"], image_size, image_size) for e in examples]
@@ -65,10 +90,11 @@ def write_figures(
                     prediction=prediction.astype(np.uint8),
                 )
             )
-    return written + _drawn(predictions, partial(figures.predictions, rows, predictions, title))
+    return rows
 
 
-def _drawn(path: Path, draw: Callable[[], None]) -> list[Path]:
+def drawn(path: Path, draw: Callable[[], None]) -> list[Path]:
+    """[`path`], once `draw` has drawn it; if it can't be, nothing, and a line on stderr."""
     try:
         draw()
     except Exception as error:  # of matplotlib, of fonts, of memory, of the disk

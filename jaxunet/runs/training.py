@@ -14,6 +14,8 @@ from jaxunet.config import Config
 from jaxunet.config_json import to_dict
 from jaxunet.data.prepare import Prepared
 from jaxunet.data.sampler import BatchSampler
+from jaxunet.devices import tuning
+from jaxunet.devices.compiling import Compilation
 from jaxunet.devices.distributed import is_main
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.startup import say_if_loops_are_off
@@ -74,15 +76,17 @@ class Trainer:
         )
         devices = len(jax.devices())
         check_divisible("train.batch_size", config.train.batch_size, devices)
-        check_divisible("train.eval_batch_size", config.train.eval_batch_size, devices)
+        self.eval_batch_size = tuning.eval_batch_size(config.train)
+        check_divisible("train.eval_batch_size", self.eval_batch_size, devices)
         self.data, self.run = data, run
         self.show_progress = show_progress and is_main()
         if is_main():
             say_if_loops_are_off()
         self.strategy = make_strategy(parallel)
         self.own_strategy = make_strategy(parallel, jax.local_devices())
+        feed = partial(Feed, self.strategy)
         self.train_feed, self.validation_feed = (
-            Feed(self.strategy, data.source(split), config.data, progress=self.show_progress)
+            feed(data.source(split), config.data, progress=self.show_progress, fill=False)
             for split in (config.data.train_split, config.data.validation_split)
         )
         self.order = BatchSampler(
@@ -114,6 +118,18 @@ class Trainer:
             self.eval_step = self.validation_feed.compile(
                 partial(eval_step, self.recipe), outputs="replicated"
             )
+            self._compilation = Compilation(
+                "the train and eval steps",
+                lambda: self.train_feed.lower(
+                    self.train_step, self.state, config.examples_per_step
+                ),
+                lambda: self.validation_feed.lower(
+                    self.eval_step, self.state.variables, self.eval_batch_size
+                ),
+                show=self.show_progress,
+            )
+            self.train_feed.fill()  # meanwhile
+            self.validation_feed.fill()
             self.batches = self.train_feed.batches(
                 self.order, self.total_steps + self.position.shift
             )
@@ -140,6 +156,7 @@ class Trainer:
                 show=self.show_progress,
             )
             with closing(journal), stop_requests() as received:
+                self._compilation.finish()
                 evaluation = self._train(journal, StopVote(self.strategy, received))
                 return self._finish(journal, evaluation)
 
@@ -230,6 +247,8 @@ class Trainer:
             self.checkpoints.wait()
             self.run.write_config()  # which says that there is one
             self.has_checkpoints = True
+        if is_main():
+            tuning.keep(self.run.path)
 
     def _stop(self, number: int) -> NoReturn:
         self.checkpoints.wait()
@@ -265,7 +284,7 @@ class Trainer:
             evaluation.counts,
             self.validation_feed.source,
             image_size=data.image_size,
-            batch_size=train.eval_batch_size,
+            batch_size=self.eval_batch_size,
             threshold=train.threshold,
             title=f"{dataset['name']} {dataset['split']}, after {train.epochs} epochs: "
             f"mean Dice {evaluation.scores['per_image']['dice']:.3f}",

@@ -1,8 +1,10 @@
 """Costs and collectives read off an optimised program, against a count by hand."""
 
+import re
+
 import pytest
 
-from jaxunet.bench.program import collectives, operations
+from jaxunet.bench.program import by_name, collectives, operations
 
 TPU_PROGRAM = """HloModule jit_train_step, is_scheduled=true
 
@@ -75,6 +77,18 @@ def test_a_gpus_products_have_their_size_and_the_rest_its_estimate():
     assert found["gemm_fusion"].flops == pytest.approx(2 * 64 * 32 * 16)
     assert found["add.1"].microseconds == 0.5
     assert found["add.1"].flops == 0
+
+
+def test_a_profile_finds_all_operations_by_either_of_their_names():
+    found = by_name(GPU_PROGRAM)
+    assert found["conv.1"] == found["conv_1"]
+    assert (found["conv_1"].kind, found["conv_1"].opcode) == ("convolution", "custom-call")
+    assert found["conv_1"].layer == "encoder/level_0/conv_0"
+    assert found["add_1"].kind == "element by element"
+    # Those without a cost too, as on a CPU, whose products may be jaxunet's own.
+    own = GPU_PROGRAM.replace("__cudnn$convForward", "jaxunet.conv3x3.1.8")
+    found = by_name(re.sub(r", backend_config=.*", "", own))
+    assert (found["conv.1"].kind, found["add.1"].kind) == ("convolution", "element by element")
 
 
 def test_a_product_in_a_batch_is_counted_once_for_each():

@@ -1,10 +1,15 @@
+import re
+import time
+
 import jax
 import numpy as np
 import pytest
 
 from jaxunet.config import DataConfig
 from jaxunet.data.sampler import BatchSampler
+from jaxunet.devices import compiling
 from jaxunet.devices import feed as feed_module
+from jaxunet.devices.compiling import Compilation
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import ConfigError
@@ -64,6 +69,65 @@ def test_a_step_sees_the_same_batches_under_every_cache(cache, parallel):
     assert expected[2]["weight"].tolist() == [1, 1, 1, 0]
     assert not expected[2]["image"][3].any()
     assert cached.read.tolist() == [1] * 11
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "jit"])
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_what_is_compiled_before_the_data_are_read_is_not_compiled_again(
+    cache, parallel, monkeypatch
+):
+    monkeypatch.setattr(compiling, "pays", lambda: True)
+    strategy = make_strategy(parallel, jax.devices()[:2])
+    pictures, config = Pictures(), DataConfig(image_size=SIDE, cache=cache)
+    feed = Feed(strategy, pictures, config, progress=False, fill=False)
+    compiled = feed.compile(step, outputs="replicated", donate=True)
+    outline = jax.ShapeDtypeStruct((), np.float32)
+    compilation = Compilation("it", lambda: feed.lower(compiled, outline, 4), show=False)
+    assert not pictures.read.any()
+    compilation.finish()
+    feed.fill()
+    batch = next(feed.batches(BatchSampler(11, batch_size=4, seed=3), 1))
+    arguments = strategy.replicate(np.float32(0)), feed.place(batch)
+    programs = []
+    listener = lambda event, *_, **__: programs.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        seen = strategy.fetch(compiled(*arguments))
+        jax.jit(lambda x: x + 1)(1)  # which is heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert sum("backend_compile" in event for event in programs) == 1
+    np.testing.assert_array_equal(seen["weight"], [1, 1, 1, 1])
+
+
+def test_what_the_compiler_refuses_is_raised_and_what_takes_long_is_said(capsys, monkeypatch):
+    class Slow(jax.stages.Lowered):
+        def __init__(self):
+            """Of nothing."""
+
+        def compile(self):
+            time.sleep(0.05)
+
+    class Refused(Slow):
+        def compile(self):
+            raise ValueError("out of memory")
+
+    monkeypatch.setattr(compiling, "pays", lambda: True)
+    monkeypatch.setattr(compiling, "SILENT_SECONDS", 0.001)
+    Compilation("these", Slow, Slow).finish()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "compiling these"
+    assert re.fullmatch(r"compiled these in \d\.\d s", said[1])
+    with pytest.raises(ValueError, match="out of memory"):
+        Compilation("these", Slow, Refused).finish()
+
+
+def test_on_a_cpu_nothing_is_compiled_before_it_is_called(capsys):
+    def lower():
+        raise AssertionError("it was lowered")
+
+    Compilation("these", lower, lower).finish()
+    assert capsys.readouterr().err == ""
 
 
 def test_only_indices_cross_to_the_devices():

@@ -149,13 +149,25 @@ def test_the_commit_is_of_the_repository_that_tracks_the_file(tmp_path):
     package = tmp_path / "venv" / "package.py"
     package.parent.mkdir()
     package.write_text("2")
-    assert environment._git_commit(package) is None
+    assert environment._git_commit(package, tmp_path) is None
     git(tmp_path, "init")
     git(tmp_path, "add", "own.py")
     git(tmp_path, "commit", "-m", "one")
     head = (tmp_path / ".git" / "refs" / "heads").glob("*")
-    assert environment._git_commit(tmp_path / "own.py") == next(head).read_text().strip()
-    assert environment._git_commit(package) is None  # in another's repository
+    own = tmp_path / "own.py"
+    assert environment._git_commit(own, tmp_path) == next(head).read_text().strip()
+    assert environment._git_commit(package, package.parent) is None  # in another's repository
+
+
+def test_a_copy_that_another_repository_tracks_has_no_commit_of_its_own(tmp_path):
+    copy = tmp_path / "vendored" / "jaxunet.py"
+    copy.parent.mkdir()
+    copy.write_text("1")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "all")
+    assert environment._git_commit(copy, tmp_path) is not None
+    assert environment._git_commit(copy, copy.parent) is None
 
 
 def test_a_package_that_is_used_without_being_installed_is_recorded_so():

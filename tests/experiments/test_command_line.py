@@ -186,33 +186,6 @@ def test_predict_says_what_is_wrong_before_the_model_is_loaded(place, words, sta
     assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--minutes", 0], "--minutes is 0.0, but must be a positive number"),
-        (["--data-dir", "nowhere"], "--data-dir is nowhere, which is not a folder"),
-        (["--out", "/proc/x"], "--out /proc/x cannot be written to"),
-    ],
-)
-def test_the_gpu_programme_says_what_is_wrong_before_it_measures(words, message):
-    status, output = run(["gpu_programme.py", *words, "--quick"])
-    assert status in (1, 2)
-    assert message in " ".join(output.split())
-
-
-def test_the_gpu_programmes_parts_find_their_folders_from_where_they_run(
-    scripts, monkeypatch, tmp_path
-):
-    monkeypatch.delitem(sys.modules, "gpu_programme", raising=False)
-    from gpu_programme import Arguments, parts, resolved
-
-    monkeypatch.chdir(tmp_path)
-    made = parts(resolved(Arguments(data_dir=Path("isic"), out=Path("results"))))
-    [reproduction] = [part.command for part in made if part.name == "reproduction"]
-    assert str(tmp_path / "isic") in reproduction
-    assert all(str(tmp_path / "results") in p.command for p in made if p.name != "tests")
-
-
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_stderr_that_is_gone_changes_no_exit_status(scripts, number):
     from command_line import run_script

@@ -1,5 +1,6 @@
 """evaluate.py: on the run's own data, on others, and what it writes where."""
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -9,8 +10,10 @@ import zipfile
 import numpy as np
 import pytest
 from bad_input.ground import SCRIPTS, run
+from PIL import Image
 from small_data import encoded, half_mask, picture, write_files
 
+import jaxunet
 from jaxunet import files
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
@@ -158,7 +161,7 @@ def test_slices_and_checkpoints_have_files_of_their_own(world):
     evaluate(world, "--split", "test", "--checkpoint", "best")
     evaluate(world, "--split", "test[:1]")
     evaluate(world, "--split", "test[:67%]")
-    names = {path.name for path in (world / "run").glob("evaluation-*")}
+    names = {path.name for path in (world / "run").glob("evaluation-*.json")}
     assert names == {
         *("evaluation-test.json", "evaluation-test-best.json"),
         *("evaluation-test_.1.json", "evaluation-test_.67%.json"),
@@ -175,11 +178,12 @@ def test_no_two_scorings_share_a_name(monkeypatch):
     splits = [f"{base}[{a}:{b}]" for base in ("test", "train") for a in edges for b in edges]
     splits += ["test", "train", "train+test", "train[:1]+test", "train+test[:1]", "../test"]
     names = [
-        script.file_name(split, native=native, other=other, best=best)
+        script.file_name(split, native=native, other=other, best=best, views=views)
         for split in splits
         for native in (False, True)
         for other in (None, "folder", "isic2018", "synthetic")
         for best in (False, True)
+        for views in ("none", "flips", "d4")
     ]
     assert len(set(names)) == len(names)
     assert not any("/" in name for name in names)
@@ -250,3 +254,64 @@ def test_pictures_are_predicted_up_to_the_runs_own_limit(world):
         assert found == status, output
         assert ("1,200,000 pixels; the limit is 1,000,000" in output) == bool(status)
     assert (world / "masks" / "a_segmentation.png").exists()
+
+
+def test_each_image_has_its_line_and_the_worst_are_drawn(world):
+    output = evaluate(world, "--split", "test", "--worst", 2)
+    found = written(world / "run", "test")
+    with (world / "run" / "evaluation-test.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["id"] for line in lines] == sorted(line["id"] for line in lines)
+    assert len(lines) == found["dataset"]["count"] == 3
+    for name, value in found["scores"]["per_image"].items():
+        mean = np.mean([float(line[name]) for line in lines])
+        assert mean == pytest.approx(value, abs=1e-6)
+        low, high = found["intervals"]["per_image"][name]
+        assert low <= value <= high
+        assert f"{low:.3f}-{high:.3f}" in output
+    assert sum(int(line["true_positives"]) for line in lines) > 0
+    picture = np.asarray(Image.open(world / "run" / "evaluation-test-worst.png").convert("RGB"))
+    assert picture.std() > 10
+    output = evaluate(world, "--split", "test", "--worst", 2, "--native", expect=1)
+    assert "--worst draws" in output
+
+
+def test_views_have_a_file_of_their_own_and_are_those_of_the_loaded_model(world):
+    evaluate(world, "--split", "test", "--views", "flips")
+    found = written(world / "run", "test-flips")
+    assert found["views"] == "flips"
+    one, model = jaxunet.load(world / "run"), jaxunet.load(world / "run", views="flips")
+    truth, both = half_mask(16, 16) > 0, np.zeros(3)
+    for seed in range(10, 13):
+        image = picture(seed, 16, 16)
+        flips = [(), (0,), (1,), (0, 1)]
+        mean = np.mean([np.flip(one.probabilities(np.flip(image, f)), f) for f in flips], 0)
+        np.testing.assert_allclose(model.probabilities(image), mean, rtol=1e-4)
+        lesion = mean > 0.3
+        both += [(lesion & truth).sum(), lesion.sum(), truth.sum()]
+    assert found["scores"]["pooled"]["dice"] == pytest.approx(2 * both[0] / (both[1] + both[2]))
+    masks = world / "masks"
+    image = next((world / "own" / "test" / "images").iterdir())
+    status, output = run(["predict.py", world / "run", image, "--views", "d4", "--out", masks])
+    assert status == 0, output
+    expected = jaxunet.load(world / "run", views="d4").predict(picture(int(image.stem), 16, 16))
+    np.testing.assert_array_equal(Image.open(next(masks.iterdir())), expected)
+
+
+def test_two_runs_are_compared_image_by_image(world, tmp_path):
+    shutil.copytree(world / "run", tmp_path / "copy")
+    words = ["compare.py", world / "run", tmp_path / "copy", "--split", "test"]
+    status, output = run([*words, "--out", tmp_path / "out"])
+    assert status == 0, output
+    found = json.loads((tmp_path / "out" / "comparison-copy-test.json").read_text())
+    assert found["scores"]["dice"]["difference"] == 0
+    assert found["datasets"][0] == found["datasets"][1]
+    assert len(found["most_different"]) == 3
+    picture = Image.open(tmp_path / "out" / "comparison-copy-test.png").convert("RGB")
+    assert np.asarray(picture).std() > 10
+    config = tmp_path / "copy" / "config.json"
+    config.write_text(config.read_text().replace(str(world / "own"), str(world / "other")))
+    status, output = run([*words, "--out", tmp_path / "none"])
+    assert status == 1
+    assert "are not the same images" in output
+    assert not list((tmp_path / "none").iterdir())

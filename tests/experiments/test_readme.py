@@ -38,7 +38,7 @@ NOT_HERE = {
     r"sbatch |srun ": "needs a Slurm cluster",
     r"mpirun ": "needs Open MPI and several hosts",
     r"(\w+=\S+ )*JAX_COORDINATOR_ADDRESS=": "needs peers; tests/devices/test_distributed.py",
-    r"python experiments/gpu_programme\.py": "needs a GPU",
+    r"python experiments/gpu_programme\.py": "minutes; .ci/run tries it with --quick",
     r"python experiments/benchmark\.py": "wants one device; tests/bench/test_benchmark.py",
     r"python experiments/compile_ahead\.py": "needs libtpu; tests/bench/test_estimate.py",
 }
@@ -100,6 +100,7 @@ SHORT = {
     "prepare_data.py": SMALL,
     "train.py": [*SMALL, *FEW, *TINY, *ONE_EPOCH, "--data.synthetic-train", 64],
     "evaluate.py": [],
+    "compare.py": [],
     "predict.py": [],
     "reproduce.py": [*SMALL, *FEW, *TINY, *ONE_EPOCH],
     "import_pytorch.py": [*SMALL, "--train.eval-batch-size", 8],

@@ -61,7 +61,11 @@ class Run:
                 *("--data.prepared-dir", str(folder / "data")),
                 *("--out", str(folder / "run"), "--resume"),
             ],
-            env={**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)},
+            env={
+                **os.environ,
+                "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+            },
             stdout=subprocess.DEVNULL,
             stderr=terminal,
         )

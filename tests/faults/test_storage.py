@@ -220,7 +220,7 @@ def test_a_disk_that_is_full_while_preparing_keeps_what_was_prepared(tmp_path):
     disk = tmp_path / "disk"
     words = ("--data.image-size", 16, "--data.prepared-dir", disk / "data")
     first = (*words, "--data.synthetic-train", 8, "--data.synthetic-validation", 8)
-    second = (*words, "--data.synthetic-train", 4000)
+    second = (*words, "--data.synthetic-train", 1500)
     (status, output), (full_status, full), (again_status, again) = on_a_small_disk(
         "1m",
         disk,

@@ -71,7 +71,8 @@ def test_the_flips_are_those_of_the_training_step():
 OTHERS = {  # of each field that has no obvious other value
     "momentum": 0.5, "weight_decay": 0.5, "warmup_steps": 3, "warmup_fraction": 0.5,
     "clip_norm": 1.0, "accumulate_steps": 2, "ema_decay": 0.9, "extended_at": (3,),
-    "num_logits": 2, "depth": 3, "width": 8, "learning_rate": 0.5, "threshold": 0.3,
+    "num_logits": 2, "eval_batch_size": 8, "depth": 3, "width": 8,
+    "learning_rate": 0.5, "threshold": 0.3,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ def test_counts_are_those_of_a_hand_count():
         ("below it", (1299, 701, 0, 8000), (2598 / 3299, 0.6495, 0, 0.9299, 1, 8000 / 8701)),
         ("both empty", (0, 0, 0, 9), (1, 1, 1, 1, 1, 1)),
         ("empty truth", (0, 4, 0, 5), (0, 0, 0, 5 / 9, 1, 5 / 9)),
+        ("one pixel too many", (0, 1, 0, 8), (0, 0, 0, 8 / 9, 1, 8 / 9)),
         ("empty prediction", (0, 0, 4, 5), (0, 0, 0, 5 / 9, 0, 1)),
         ("both full", (9, 0, 0, 0), (1, 1, 1, 1, 1, 1)),
         ("full prediction", (4, 5, 0, 0), (8 / 13, 4 / 9, 0, 4 / 9, 1, 0)),
@@ -49,6 +50,7 @@ def test_protocols_pool_what_they_say():
     found = scores(counts)
     assert set(found["per_image"]) == set(NAMES)
     assert found["per_image"]["dice"] == pytest.approx((2 / 3 + 0 + 1 + 1 + 2 / 5 + 1) / 6)
+    assert found["per_image"]["accuracy"] == pytest.approx((3 / 4 + 2 / 4 + 3 + 1 / 4) / 6)
     # Batches: images 0-3 together (TP 5, FP 1, FN 2), then the two left (TP 1, FP 3).
     assert found["batch_of_4"] == pytest.approx(
         {"dice": (10 / 13 + 2 / 5) / 2, "iou": (5 / 8 + 1 / 4) / 2}

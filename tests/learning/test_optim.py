@@ -72,6 +72,16 @@ def test_fifty_steps_are_pytorchs(config, make, options):
     np.testing.assert_allclose(found, theirs(make, **options), rtol=2e-4, atol=2e-5)
 
 
+def test_the_schedules_rates_reach_the_optimizer():
+    config = OptimizerConfig("sgd", learning_rate=2.0, momentum=0.0, schedule="cosine")
+    optimizer = make_optimizer(config, 4)
+    state, steps = optimizer.init(jnp.float32(0)), []
+    for _ in range(4):
+        step, state = optimizer.update(jnp.float32(1), state)
+        steps.append(float(step))
+    assert steps == pytest.approx([-1 - np.cos(np.pi * n / 4) for n in range(4)], abs=1e-6)
+
+
 def test_cosine_with_warm_up_passes_through_its_known_points():
     schedule = make_schedule(
         OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_steps=10), 110

@@ -13,6 +13,7 @@ import pytest
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
+from jaxunet.devices import compiling
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import ConfigError, RunError
@@ -119,9 +120,11 @@ def test_a_run_stopped_anywhere_and_resumed_ends_bit_identical(
 @pytest.mark.parametrize("parallel", ["pmap", "jit"])
 @pytest.mark.parametrize("cache", ["host", "device"])
 def test_a_cached_run_is_bit_identical_and_resumes(
-    cache, parallel, config, data, unbroken, tmp_path
+    cache, parallel, config, data, unbroken, tmp_path, monkeypatch
 ):
     expected_run, expected = unbroken[parallel]
+    # Half of them with both steps compiled before they are called, as on a GPU.
+    monkeypatch.setattr(compiling, "pays", lambda: cache == "device")
     cached = replace(config, data=replace(config.data, cache=cache))
     train_until(4, cached, data, tmp_path / "run", parallel)
     found = train(
@@ -277,6 +280,14 @@ def test_a_configuration_that_does_not_fit_is_refused_by_field(config, data, unb
     )
     with pytest.raises(RunError, match=r"model.width: 4 -> 8; train.seed: 0 -> 5\."):
         train(other, data, out, resume=True, show_progress=False)
+
+
+def test_a_run_of_before_goes_on_with_the_evaluation_batch_of_today(config, unbroken):
+    """Presets name none any more, and those recorded are 4 or more."""
+    out, _ = unbroken["pmap"]
+    today = replace(config, train=replace(config.train, eval_batch_size=None))
+    RunDirectory(out, today, resume=True).close()
+    assert load_config(out).train.eval_batch_size == 8
 
 
 def test_a_run_directory_is_never_overwritten_in_silence(config, data, unbroken, tmp_path):
