@@ -14,7 +14,6 @@ from command_line import file_name, parse, run_script
 from rich.console import Console
 from rich.table import Table
 
-from jaxunet.config import require_at_least
 from jaxunet.data import prepare
 from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
@@ -23,6 +22,7 @@ from jaxunet.errors import DataError, RunError
 from jaxunet.files import check_writable, write_json
 from jaxunet.inference import comparison
 from jaxunet.provenance import disagreement
+from jaxunet.ranges import require_at_least
 from jaxunet.runs.evaluation import Evaluation, describe_split
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
 from jaxunet.runs.record import load_config, other_data, recorded_fingerprint, recorded_tuning

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from command_line import file_name, parse, print_scores, run_script
 
-from jaxunet.config import Config, DataConfig, require_at_least
+from jaxunet.config import Config, DataConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.data.reader import DataSource
@@ -29,6 +29,7 @@ from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.learning.metrics import per_image
 from jaxunet.learning.views import Views
+from jaxunet.ranges import require_at_least
 from jaxunet.runs import figures
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
 from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load

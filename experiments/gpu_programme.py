@@ -26,10 +26,10 @@ from command_line import parse, run_script
 from gpu_parts import HERE, Name, Part, parts
 
 from jaxunet.bench.card import card, share_memory
-from jaxunet.config import require_positive
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable, write_json
+from jaxunet.ranges import require_positive
 
 ROOT = HERE.parent
 PACK_EVERY = 5.0  # seconds

@@ -12,7 +12,6 @@ import jax
 import tyro
 from command_line import parse, run_script
 
-from jaxunet.config import require_at_least
 from jaxunet.data.images import read_image
 from jaxunet.devices import tuning
 from jaxunet.devices.strategies import make_strategy
@@ -20,6 +19,7 @@ from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import predict_files
 from jaxunet.learning.views import Views
+from jaxunet.ranges import require_at_least
 from jaxunet.runs.loading import compile_probabilities, load
 from jaxunet.runs.record import load_config, recorded_tuning
 

@@ -13,6 +13,7 @@ from presets import PRESETS
 from jaxunet.config import Config
 from jaxunet.data import prepare
 from jaxunet.devices import distributed, tuning
+from jaxunet.pretrained.starting import starting_weights
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.record import (
     config_of_main,
@@ -61,8 +62,10 @@ def main() -> None:
     if arguments.distributed:
         distributed.initialize()
     config = config_of_main(lambda: arguments.config)
-    with RunDirectory(out, config, resume=arguments.resume):
-        pass  # whatever is wrong with --out is said before the data are prepared
+    # Whatever is wrong with --out or the weights is said before the data are prepared.
+    with RunDirectory(out, config, resume=arguments.resume) as run:
+        if not distributed.on_main(lambda: run.has_checkpoints, "looking for checkpoints"):
+            starting_weights(config.model)
     fingerprint = recorded_fingerprint(out)
     data = distributed.main_first(
         lambda: prepare(config.data, progress=distributed.is_main(), recorded=fingerprint),

@@ -6,30 +6,16 @@ docstrings under the fields are the help texts of the command line.
 """
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jaxunet.errors import ConfigError
+from jaxunet.model_config import ModelConfig
+from jaxunet.ranges import require, require_at_least, require_positive
 
 MAX_MEGAPIXELS = 128
 """Largest image that is decoded unless another limit is given, in millions of pixels.
 Telephones take 108, which decoded are 324 MB; the largest official ISIC 2018 image has 30."""
-
-
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raise `ConfigError` naming the field, its value and what is allowed."""
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
-
-
-def require_positive(name: str, value: float) -> None:
-    require(0 < value < math.inf, name, value, "a positive number")
-
-
-def require_at_least(name: str, value: float, least: float) -> None:
-    require(least <= value < math.inf, name, value, f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -132,57 +118,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the U-Net."""
-
-    width: int = 64
-    """Channels at the first level; doubled at each level below."""
-    depth: int = 5
-    """Number of levels, the bottom one included."""
-    num_logits: int = 1
-    """Output channels: 1 (lesion) or 2 (background and lesion)."""
-    norm: Literal["none", "batch", "group"] = "none"
-    """Normalisation after each convolution; `batch` is synced across devices."""
-    upsampling: Literal["transposed", "bilinear"] = "transposed"
-    """2x2 transposed convolution, or bilinear interpolation with halved channels."""
-    skip: Literal["crop", "pad"] = "crop"
-    """Where sizes differ: centre-crop the skip (the reference), or zero-pad the
-    upsampled map (milesial/Pytorch-UNet; the output keeps the input's size)."""
-    concat: Literal["upsampled_first", "skip_first"] = "upsampled_first"
-    """Order of concatenation: `[upsampled, skip]` (the reference) or `[skip, upsampled]`."""
-    conv_bias: bool = True
-    """Whether the 3x3 convolutions have a bias."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; parameters and logits stay float32."""
-    init: Literal["pytorch", "he"] = "pytorch"
-    """Initial weights: PyTorch's default (uniform in ±1/sqrt(fan_in)) or He normal."""
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-
-    def __post_init__(self) -> None:
-        require_at_least("model.width", self.width, 1)
-        require_at_least("model.depth", self.depth, 2)
-        require(self.num_logits in (1, 2), "model.num_logits", self.num_logits, "1 or 2")
-        require(
-            self.norm != "group" or self.width % min(8, self.width) == 0,
-            "model.width",
-            self.width,
-            "a multiple of 8 (or below 8) with model.norm 'group'",
-        )
-        require(
-            self.upsampling != "bilinear" or self.width % 2 == 0,
-            "model.width",
-            self.width,
-            "even with model.upsampling 'bilinear', which halves channels",
-        )
-
-    @property
-    def least_image_size(self) -> int:
-        """Smallest image side in pixels that survives all the poolings."""
-        return 2 ** (self.depth - 1)
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients become updates (Optax)."""
 
@@ -215,6 +150,11 @@ class OptimizerConfig:
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights and of batch norm's statistics,
     used to evaluate; for the first updates it is less, (1 + n) / (10 + n) at the n-th."""
+    encoder_rate: float = 1.0
+    """The encoder's learning rate as a multiple of learning_rate."""
+    freeze_epochs: int = 0
+    """Epochs at the start in which the encoder's weights stay as they are; its batch norm's
+    statistics move unless model.encoder_statistics is `frozen`."""
 
     def __post_init__(self) -> None:
         require_positive("optimizer.learning_rate", self.learning_rate)
@@ -236,6 +176,8 @@ class OptimizerConfig:
             "positive numbers that rise",
         )
         require_at_least("optimizer.accumulate_steps", self.accumulate_steps, 1)
+        require_positive("optimizer.encoder_rate", self.encoder_rate)
+        require_at_least("optimizer.freeze_epochs", self.freeze_epochs, 0)
         if self.clip_norm is not None:
             require_positive("optimizer.clip_norm", self.clip_norm)
         if self.ema_decay is not None:

@@ -1,11 +1,12 @@
 """Floating-point operations of the model, counted from the shapes of its layers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from jaxunet.config import ModelConfig
 from jaxunet.model.unet import make_unet
@@ -39,17 +40,20 @@ def layers(config: ModelConfig, height: int, width: int) -> dict[str, Layer]:
     Returns:
         By the path of the layer, such as `encoder/level_0/conv_0`, in the order of the tree.
     """
-    model = make_unet(config)
-    side = config.least_image_size
-    images = jnp.zeros((1, side, side, 3))
-    shapes = jax.eval_shape(partial(model.init, jax.random.key(0)), images)["params"]
+    model = make_unet(replace(config, remat=False))
+    images = jnp.zeros((1, height, width, 3))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(model.init, key, images)
+    apply = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
+    _, captured = jax.eval_shape(apply, variables, images)
+    results = traverse_util.flatten_dict(captured["intermediates"])
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         *layer, name = (str(key.key) for key in path)
         if name == "kernel":
-            # A transposed convolution visits the pixels of the level below.
-            level = _level(layer) + (layer[-1] == "up")
-            rows, columns = (_side(config, layer, level, size) for size in (height, width))
+            rows, columns = results[(*layer, "__call__")][0].shape[1:3]
+            if layer[-1] == "up":  # it visits the pixels of the level below
+                rows, columns = rows // 2, columns // 2
             found["/".join(layer)] = Layer(leaf.shape, rows, columns)
     return found
 
@@ -65,16 +69,6 @@ def train_flops(config: ModelConfig, height: int, width: int) -> int:
     Each product has two gradients of its own size, but the first layer's input needs none.
     Recomputation (`model.remat`) is not counted: it is a cost, not work.
     """
-    first = layers(config, height, width)["encoder/level_0/conv_0"]
+    name = "encoder/level_0/conv_0" if config.encoder == "plain" else "encoder/stem"
+    first = layers(config, height, width)[name]
     return 3 * forward_flops(config, height, width) - first.flops
-
-
-def _level(layer: list[str]) -> int:
-    return int(layer[1].removeprefix("level_")) if layer[0] != "head" else 0
-
-
-def _side(config: ModelConfig, layer: list[str], level: int, size: int) -> int:
-    if layer[0] == "encoder" or config.skip == "pad":
-        return size >> level
-    bottom = config.depth - 1  # cropped maps are the bottom's size, doubled at each level
-    return (size >> bottom) << (bottom - level)

@@ -46,6 +46,7 @@ class Entry:
 # What a configuration must have to be of a layout; the rest is free.
 REQUIREMENTS: dict[LayoutName, dict[str, object]] = {
     "reference": {
+        "encoder": "plain",
         "norm": "none",
         "upsampling": "transposed",
         "skip": "crop",
@@ -53,7 +54,7 @@ REQUIREMENTS: dict[LayoutName, dict[str, object]] = {
         "conv_bias": True,
     },
     # Its convolutions had a bias until 2022, so checkpoints with and without are about.
-    "milesial": {"norm": "batch", "skip": "pad", "concat": "skip_first"},
+    "milesial": {"encoder": "plain", "norm": "batch", "skip": "pad", "concat": "skip_first"},
 }
 
 # At the start of a name, or behind the dot that ends a prefix.

@@ -1,16 +1,31 @@
 """From stored uint8 to what the network sees, inside the compiled step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
+
+from jaxunet.model.encoders.registry import ENCODERS, PerChannel
+from jaxunet.model_config import EncoderName
 
 Images = UInt8[Array, "batch height width 3"]
 Masks = UInt8[Array, "batch height width 1"]
 
 
-def normalize(images: Images) -> Float[Array, "batch height width 3"]:
-    """`(x/255 - 0.5)/0.5`: from 0..255 to -1..1, float32, as in the reference."""
-    return images.astype(jnp.float32) * (2 / 255) - 1
+def normalize(
+    images: Images, encoder: EncoderName = "plain"
+) -> Float[Array, "batch height width 3"]:
+    """0..255 as `encoder` was trained to see it, float32.
+
+    The plain one, as the reference, from -1 to 1: `(x/255 - 0.5)/0.5`.
+    """
+    form = ENCODERS[encoder]
+    return images.astype(jnp.float32) * _of_channels(form.scale) - _of_channels(form.offset)
+
+
+def _of_channels(value: PerChannel) -> Any:
+    return jnp.asarray(value)[None, None, None] if isinstance(value, tuple) else value
 
 
 def seed_key(seed: int, impl: str | None = None) -> Key[Array, ""]:

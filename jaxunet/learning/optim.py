@@ -52,12 +52,17 @@ def make_schedule(config: OptimizerConfig, total_updates: int | None) -> optax.S
 
 
 def make_optimizer(
-    config: OptimizerConfig, total_updates: int | None
+    config: OptimizerConfig, total_updates: int | None, freeze_updates: int = 0
 ) -> optax.GradientTransformation:
     """Gradient clipping and the optimizer, with the rate of `make_schedule`.
 
     Adam and AdamW (betas 0.9 and 0.999, epsilon 1e-8 added to the square root) and SGD
-    with momentum take the same steps as PyTorch's.
+    with momentum take the same steps as PyTorch's. What the optimizer gives for the encoder
+    is then multiplied by `encoder_rate`: for all three, and for weight decay, the same as a
+    learning rate of so many times the others'.
+
+    Args:
+        freeze_updates: how many updates at first leave the encoder's weights as they are.
     """
     rate = make_schedule(config, total_updates)
     optimizer = {
@@ -65,9 +70,24 @@ def make_optimizer(
         "adamw": lambda: optax.adamw(rate, weight_decay=config.weight_decay),
         "sgd": lambda: optax.sgd(rate, momentum=config.momentum),
     }[config.name]()
+    parts = [optimizer]
     if config.clip_norm is not None:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return optimizer
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.freeze_epochs or config.encoder_rate != 1:
+        parts.append(_of_encoder(config.encoder_rate, freeze_updates))
+    return optax.chain(*parts) if parts[1:] else optimizer
+
+
+def _of_encoder(rate: float, freeze_updates: int) -> optax.GradientTransformation:
+    """The encoder's updates times `rate`, and times 0 for the first `freeze_updates`."""
+
+    def factor(count: Any) -> Any:
+        return jnp.where(count < freeze_updates, 0.0, rate)
+
+    def is_encoder(params: Any) -> Any:
+        return {name: name == "encoder" for name in params}
+
+    return optax.masked(optax.scale_by_schedule(factor), is_encoder)
 
 
 def update_ema(ema: Any, values: Any, decay: float, updates: Int[Array, ""]) -> Any:

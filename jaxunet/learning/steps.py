@@ -25,7 +25,8 @@ from jaxunet.learning.losses import LOSSES, LossFn, lesion_logits
 from jaxunet.learning.metrics import confusion_counts
 from jaxunet.learning.optim import make_optimizer, update_ema
 from jaxunet.learning.views import Views, mean_logits
-from jaxunet.model.unet import UNet, center_crop, make_unet
+from jaxunet.model.resizing import center_crop
+from jaxunet.model.unet import UNet, make_unet
 
 AXIS = "data"
 
@@ -89,6 +90,7 @@ def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
         train.seed,
         train.threshold,
         total_steps,
+        round(config.optimizer.freeze_epochs * (total_steps or 0) / train.epochs),
     )
 
 
@@ -103,10 +105,11 @@ def _make_recipe(
     seed: int,
     threshold: float,
     total_steps: int | None,
+    freeze_steps: int,
 ) -> Recipe:
     return Recipe(
         model=make_unet(model, AXIS),
-        optimizer=make_optimizer(optimizer, total_steps),
+        optimizer=make_optimizer(optimizer, total_steps, freeze_steps),
         loss=LOSSES[loss],
         microbatches=optimizer.accumulate_steps,
         flip=flip,
@@ -167,7 +170,7 @@ def train_step(
     ) -> tuple[Float[Array, ""], Any]:
         logits, changed = recipe.model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalize(images),
+            normalize(images, recipe.model.config.encoder),
             weight,
             train=True,
             mutable=["batch_stats"],
@@ -282,7 +285,8 @@ def _logits_at_input_size(
     recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
 ) -> Float[Array, "batch height width 1"]:
     """Logits for every pixel: a cropped border repeats the nearest logit, so all count."""
-    output: Any = recipe.model.apply(variables, normalize(images))
+    shown = normalize(images, recipe.model.config.encoder)
+    output: Any = recipe.model.apply(variables, shown)
     logits = lesion_logits(output)
     rows, columns = (a - b for a, b in zip(images.shape[1:3], logits.shape[1:3], strict=True))
     if not rows and not columns:

@@ -223,3 +223,15 @@ def _where_positive(x: Array, y: Array, dy: Array) -> Array:
 
 def _where_not_zero(x: Array, y: Array, dy: Array) -> Array:
     return jnp.where(y != 0, dy, 0)
+
+
+@jax.custom_vjp
+def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`min(max(x, 0), 6)`; the gradient is 0 at 0 and at 6, as in PyTorch."""
+    return jnp.clip(x, 0, 6)
+
+
+relu6.defvjp(
+    lambda x: (y := relu6(x), y),
+    lambda y, dy: (jnp.where((y > 0) & (y < 6), dy, 0),),
+)

@@ -1,4 +1,4 @@
 """A run from start to end: the loop, its directory, checkpoints, stops, evaluation, pictures.
 
-May import devices, learning, data, model and the ground.
+May import devices, learning, data, pretrained, model and the ground.
 """

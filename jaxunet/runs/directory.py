@@ -1,7 +1,7 @@
 """A run's directory: what it holds, who may write to it, and what it may go on with.
 
-config.json      configuration, versions, devices, git commit, dataset, and which other
-                 data were accepted later
+config.json      configuration, versions, devices, git commit, dataset, which other data were
+                 accepted later, and the source, SHA-256 and licence of pretrained weights
 metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
 tensorboard/     the same as event files
 checkpoints/     see `jaxunet.runs.checkpoint`
@@ -73,6 +73,7 @@ class RunDirectory:
         self._record: dict[str, Any] = {}  # of the run that is there already
         self._recorded = config  # what that record says of it
         self._data: dict[str, Any] = {}  # what is to be recorded of the data
+        self.weights: dict[str, str] | None = None  # what it is made from, for the record
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
     def _take(self, resume: bool) -> None:
@@ -110,6 +111,11 @@ class RunDirectory:
             f"--out {path} is not empty and holds no run (found {', '.join(found[:3])}); "
             "choose another directory."
         )
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is one to go on from."""
+        return bool(self._steps())
 
     def _steps(self) -> list[str]:
         """Names of the checkpoints that there are."""
@@ -199,6 +205,8 @@ class RunDirectory:
         if not isinstance(record["tuning"], dict):  # a GPU's choices outlast a resume elsewhere
             record["tuning"] = self._record.get("tuning", record["tuning"])
         record |= self._data if dataset is None else {"dataset": dataset}
+        if weights := self.weights or self._record.get("weights"):
+            record["weights"] = weights
         record["has_checkpoints"] = bool(self._steps())
         write_json(self.path / "config.json", record)
 

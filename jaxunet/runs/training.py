@@ -22,7 +22,15 @@ from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import RunError, Stopped
 from jaxunet.files import write_json
-from jaxunet.learning.steps import TrainState, eval_step, init_state, make_recipe, train_step
+from jaxunet.learning.steps import (
+    TrainState,
+    eval_step,
+    init_state,
+    make_recipe,
+    state_from_variables,
+    train_step,
+)
+from jaxunet.pretrained.starting import starting_weights, with_encoder
 from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
@@ -186,8 +194,13 @@ class Trainer:
     def _restore(self) -> tuple[int, TrainState, Position]:
         """Steps done, the state on the devices, and the position; from the start if need be."""
         per_epoch = self.order.batches_per_epoch
-        state = jax.tree.map(np.asarray, init_state(make_recipe(self.config)))
+        recipe = make_recipe(self.config)
+        state = jax.tree.map(np.asarray, init_state(recipe))
         if not self.has_checkpoints:
+            if weights := starting_weights(self.config.model):
+                self.run.weights = weights.record
+                variables = with_encoder(state.variables, weights.variables)
+                state = jax.tree.map(np.asarray, state_from_variables(recipe, variables))
             return 0, self.strategy.replicate(state), Position(batches_per_epoch=per_epoch)
         step, state, record = self.checkpoints.restore("latest", state)
         del record["config"]

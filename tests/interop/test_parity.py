@@ -18,7 +18,8 @@ from jaxunet.devices.strategies import make_strategy
 from jaxunet.interop.pytorch import state_dict_from_variables, variables_from_state_dict
 from jaxunet.learning.losses import LOSSES, lesion_logits
 from jaxunet.learning.steps import make_recipe, state_from_variables, train_step
-from jaxunet.model.unet import DecoderLevel, make_unet
+from jaxunet.model.decoder import DecoderLevel
+from jaxunet.model.unet import make_unet
 
 
 def pictures(batch: int, height: int, width: int, seed: int = 0) -> np.ndarray:

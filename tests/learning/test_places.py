@@ -16,7 +16,7 @@ from jaxunet.errors import ConfigError, DataError
 from jaxunet.inference.pictures import plan
 from jaxunet.inference.prediction import clean_up
 from jaxunet.learning.steps import init_state, make_recipe, train_step
-from jaxunet.model.unet import center_crop, center_pad
+from jaxunet.model.resizing import center_crop, center_pad
 
 
 def test_cropping_and_padding_put_the_odd_column_on_the_far_side_too():

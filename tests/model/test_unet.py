@@ -6,16 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from jaxunet.config import ModelConfig
+from jaxunet.model.encoders.plain import EncoderLevel
 from jaxunet.model.layers import max_pool2x2
 from jaxunet.model.normalization import BatchNorm
-from jaxunet.model.unet import (
-    EncoderLevel,
-    center_crop,
-    center_pad,
-    count_parameters,
-    make_unet,
-    upsample_bilinear,
-)
+from jaxunet.model.resizing import center_crop, center_pad, upsample_bilinear
+from jaxunet.model.unet import count_parameters, make_unet
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 

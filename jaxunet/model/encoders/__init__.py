@@ -1,0 +1,1 @@
+"""Encoders: each gives feature maps of an image, from fine to coarse."""

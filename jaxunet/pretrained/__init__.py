@@ -1,0 +1,4 @@
+"""Weights that others trained: found, read without running their code, named as ours.
+
+May import model and the ground.
+"""

@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jaxunet.model import depthwise
+from jaxunet.model.depthwise import depthwise_conv
+from jaxunet.model.pooling import max_pool3x3
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def nchw(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("form", ["shifted", "grouped"])
+@pytest.mark.parametrize(
+    ("size", "stride", "sides", "padding"),
+    [
+        (3, 1, (5, 8), ((1, 1), (1, 1))),
+        (5, 1, (6, 3), ((2, 2), (2, 2))),
+        (3, 2, (7, 8), ((1, 1), (0, 1))),
+        (5, 2, (8, 9), ((1, 2), (2, 2))),
+        (5, 2, (1, 2), ((2, 2), (1, 2))),
+    ],
+)
+def test_depthwise_convolution_and_its_gradients_are_pytorchs(
+    form, size, stride, sides, padding, monkeypatch
+):
+    def chosen(*operands, cpu, default):
+        return (cpu if form == "shifted" else default)(*operands)
+
+    monkeypatch.setattr(depthwise.lax, "platform_dependent", chosen)
+    depthwise._forms.cache_clear()
+    x, kernel = normal(0, 2, *sides, 3), normal(1, size, size, 1, 3)
+    images = nchw(x).requires_grad_()
+    weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()).requires_grad_()
+    (top, bottom), (left, right) = padding
+    padded = F.pad(images, (left, right, top, bottom))
+    expected = F.conv2d(padded, weight, stride=stride, groups=3)
+    dy = normal(2, *expected.detach().permute(0, 2, 3, 1).shape)
+    expected.backward(nchw(dy))
+
+    @jax.jit
+    def both(x, kernel):
+        y, back = jax.vjp(lambda x, k: depthwise_conv(x, k, stride, padding), x, kernel)
+        return y, *back(jnp.asarray(dy))
+
+    y, dx, dkernel = both(x, kernel)
+    depthwise._forms.cache_clear()
+    np.testing.assert_allclose(y, expected.detach().permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, images.grad.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dkernel, weight.grad.permute(2, 3, 1, 0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(6, 8), (7, 5), (1, 2)])
+def test_max_pool3x3_and_its_gradient_are_pytorchs(sides):
+    # Few values, so that many maxima are tied.
+    x = np.round(normal(0, 2, *sides, 3))
+    images = nchw(x).requires_grad_()
+    expected = F.max_pool2d(images, 3, 2, 1)
+    dy = normal(1, *expected.detach().permute(0, 2, 3, 1).shape)
+    expected.backward(nchw(dy))
+    y, back = jax.vjp(max_pool3x3, jnp.asarray(x))
+    np.testing.assert_array_equal(y, expected.detach().permute(0, 2, 3, 1))
+    np.testing.assert_allclose(
+        back(jnp.asarray(dy))[0], images.grad.permute(0, 2, 3, 1), rtol=1e-6
+    )
+
+
+def test_the_gradient_of_max_pool3x3_scatters_nothing():
+    text = str(
+        jax.make_jaxpr(jax.grad(lambda x: max_pool3x3(x).sum()))(jnp.zeros((1, 8, 8, 1)))
+    )
+    assert "scatter" not in text
