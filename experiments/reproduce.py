@@ -1,6 +1,7 @@
 """The reference protocol, beside PyTorch: `reproduce.py --data.dir DIR [--against pytorch]`."""
 
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -22,14 +23,16 @@ from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
-from jaxunet.errors import ConfigError
+from jaxunet.errors import ConfigError, DataError
 from jaxunet.files import check_writable, write_json
+from jaxunet.provenance import disagreement
 from jaxunet.runs.evaluation import describe_split
 from jaxunet.runs.figures import loss_comparison
 from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import train
 
 REPORTED = {"dice": 0.8494, "iou": 0.7480}
+PROTOCOLS = ("batch_of_4", "per_image")
 LABELS = {"pytorch": "PyTorch", "jaxunet": "jaxunet"}
 
 
@@ -42,6 +45,8 @@ class Arguments(tuning.Tuning, Config):
     """Whether float32 products may be rounded to TF32 on an NVIDIA GPU, in both frameworks."""
     seeds: tuple[int, ...] = (0,)
     """Seeds to repeat it with; more than one gives mean and spread."""
+    resume: bool = False
+    """Keep the seeds that NAME.json has already, and train the others."""
     out: Path = field(default_factory=lambda: Path("experiments/results"))
     """Folder for NAME.json and NAME.png."""
     name: str = "reproduction"
@@ -87,6 +92,55 @@ def train_reference(config: Config, data: Prepared) -> dict[str, Any]:
     return result
 
 
+def differences(runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """jaxunet less PyTorch by protocol and score: the mean over seeds and, where there are
+    several, its 95% `interval` by Student's t, as the seeds' weights are drawn alike."""
+    from scipy.stats import t  # late: it takes most of a second
+
+    pairs = [(run["jaxunet"]["scores"], run["pytorch"]["scores"]) for run in runs]
+
+    def difference(protocol: str, score: str) -> dict[str, Any]:
+        by_seed = [ours[protocol][score] - theirs[protocol][score] for ours, theirs in pairs]
+        mean, count = statistics.mean(by_seed), len(by_seed)
+        if count == 1:
+            return {"mean": mean}
+        half = float(t.ppf(0.975, count - 1)) * statistics.stdev(by_seed) / count**0.5
+        return {"mean": mean, "interval": [mean - half, mean + half]}
+
+    return {
+        protocol: {score: difference(protocol, score) for score in ("dice", "iou")}
+        for protocol in PROTOCOLS
+    }
+
+
+def trained_before(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs in `path`, none if there is no such file.
+
+    Raises:
+        DataError: they are not of what `result` describes.
+    """
+    if not path.exists():
+        return []
+    try:
+        record = json.loads(path.read_bytes())
+        runs = list(record["runs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no result of reproduce.py; leave out --resume, or give another --name."
+        ) from error
+    same = ("config", "train", "validation", "versions", "devices", "tuning", "flags")
+    changed = disagreement(
+        {name: record.get(name) for name in same},
+        json.loads(json.dumps({name: result[name] for name in same})),
+        recorded=f"{path}, which --resume is to go on with,",
+        there="what is to be trained now",
+        ignore=("config.data.dir", "config.data.prepared_dir"),
+    )
+    if changed:
+        raise DataError(f"{changed} Leave out --resume, or give another --name.")
+    return runs
+
+
 def check(arguments: Arguments) -> None:
     """Raise whatever would else be noticed after hours of training."""
     if not arguments.seeds:
@@ -104,6 +158,11 @@ def spread(values: list[float], digits: int = 4) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def signed(difference: dict[str, Any]) -> str:
+    ends = [f"{end:+.4f}" for end in difference.get("interval", ())]
+    return f"{difference['mean']:+.4f}" + (f" ({' to '.join(ends)})" if ends else "")
+
+
 def show(result: dict[str, Any]) -> None:
     """One table: reported, PyTorch here, jaxunet here."""
     present = [name for name in LABELS if result["runs"][0].get(name)]
@@ -113,19 +172,27 @@ def show(result: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {counts}" for name, counts in unofficial.items())
     note = f"; NOT the official data: {parts}" if unofficial else ""
     table = Table(title=f"{dataset['name']}: {counts}{note}", title_justify="left")
-    for column in ("", "reported", *(f"{LABELS[name]} here" for name in present)):
+    paired = result.get("difference")
+    headings = ["", "reported", *(f"{LABELS[name]} here" for name in present)]
+    for column in [*headings, *(["jaxunet less PyTorch (95%)"] if paired else [])]:
         table.add_column(column, justify="right" if column else "left")
 
-    def row(label: str, reported: str, value: Any, digits: int = 4) -> None:
+    def row(
+        label: str, reported: str, value: Any, digits: int = 4, difference: str = ""
+    ) -> None:
         values = [[value(run[name]) for run in result["runs"]] for name in present]
         cells = [spread(each, digits) for each in values]
-        table.add_row(label, reported, *cells)
+        table.add_row(label, reported, *cells, *([difference] if paired else []))
 
-    for protocol in ("batch_of_4", "per_image"):
+    for protocol in PROTOCOLS:
         for score in ("dice", "iou"):
             reported = f"{REPORTED[score]:.4f}" if protocol == "batch_of_4" else ""
             label = f"{score}, {protocol.replace('_', ' ')}"
-            row(label, reported, lambda r, p=protocol, s=score: r["scores"][p][s])
+            shown = "" if not paired else signed(paired[protocol][score])
+            row(
+                *(label, reported, lambda r, p=protocol, s=score: r["scores"][p][s]),
+                difference=shown,
+            )
     for epoch in range(len(result["runs"][0]["jaxunet"]["epochs"])):
         row(
             f"training loss, epoch {epoch + 1}",
@@ -150,12 +217,10 @@ def main() -> None:
     config = arguments.config
     data = prepare(config.data)
     size = config.data.image_size
-    runs: list[dict[str, Any]] = []
-    result = {
+    result: dict[str, Any] = {
         "reported": {"protocol": "batch_of_4", **REPORTED},
         "train": describe_split(data, config.data.train_split, size),
         "validation": describe_split(data, config.data.validation_split, size),
-        "runs": runs,
         "config": to_dict(config),
         "command": command_line(),
         "flags": {"tf32": tf32, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
@@ -164,13 +229,19 @@ def main() -> None:
         **environment(*(["torch"] if pytorch else [])),
     }
     path = arguments.out / f"{arguments.name}.json"
+    runs = result["runs"] = trained_before(path, result) if arguments.resume else []
+    done = {run["seed"] for run in runs}
     for seed in arguments.seeds:
+        if seed in done:
+            continue
         seeded = replace(config, train=replace(config.train, seed=seed))
         run: dict[str, Any] = {"seed": seed}
         if pytorch:
             run["pytorch"] = train_reference(seeded, data)
         run["jaxunet"] = train_jaxunet(seeded, data)
         runs.append(run)
+        if pytorch:
+            result["difference"] = differences(runs)
         write_json(path, result)  # after each seed: an interrupted run keeps the others
     curves: dict[str, list[float]] = {
         label: runs[0][name]["losses"] for name, label in LABELS.items() if name in runs[0]

@@ -1,3 +1,4 @@
+import copy
 import importlib
 import json
 import re
@@ -12,7 +13,7 @@ from scripts import run as run_script
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
-from jaxunet.errors import ConfigError, RunError
+from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.interop.reproduction import FOLLOWED, check_followed, flips, train_pytorch
 from jaxunet.learning.augment import random_flip
@@ -20,14 +21,20 @@ from jaxunet.runs.record import read_metrics
 from jaxunet.runs.training import train
 
 
-@pytest.mark.parametrize("augment", ["flip", "none"])
-def test_both_frameworks_train_alike_from_the_same_start(augment, tmp_path):
+@pytest.mark.parametrize(
+    ("augment", "optimizer"),
+    [
+        ("flip", OptimizerConfig(learning_rate=1e-2)),
+        ("none", OptimizerConfig(learning_rate=2e-2, schedule="cosine", warmup_steps=2)),
+    ],
+)
+def test_both_frameworks_train_alike_from_the_same_start(augment, optimizer, tmp_path):
     config = Config(
         data=DataConfig(
             image_size=32, prepared_dir=tmp_path, synthetic_train=20, synthetic_validation=6
         ),
         model=ModelConfig(width=4, depth=3),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
+        optimizer=optimizer,
         train=TrainConfig(
             epochs=2, batch_size=8, eval_batch_size=8, log_every=1, augment=augment
         ),
@@ -72,7 +79,7 @@ OTHERS = {  # of each field that has no obvious other value
     "momentum": 0.5, "weight_decay": 0.5, "warmup_steps": 3, "warmup_fraction": 0.5,
     "clip_norm": 1.0, "accumulate_steps": 2, "ema_decay": 0.9, "extended_at": (3,),
     "num_logits": 2, "eval_batch_size": 8, "depth": 3, "width": 8,
-    "learning_rate": 0.5, "threshold": 0.3,
+    "learning_rate": 0.5, "threshold": 0.3, "weights": "imagenet",
 }  # fmt: skip
 
 
@@ -88,6 +95,8 @@ def another(section, field):
         value = next(c for c in choices if isinstance(c, str) and c != now)
     else:
         value = now + 1
+    if field.name in ("weights", "encoder_statistics"):  # which the plain encoder can't have
+        section = replace(section, encoder="resnet18", weights="imagenet")
     return replace(section, **{field.name: value})
 
 
@@ -127,17 +136,30 @@ def test_a_design_without_a_pytorch_side_is_refused():
         make_pytorch_unet(ModelConfig(norm="batch"))
 
 
-def test_the_script_prints_one_table_and_writes_every_seed(tmp_path):
+def test_the_script_prints_one_table_and_writes_every_seed(tmp_path, monkeypatch):
     words = ("--data.name", "synthetic", "--data.image-size", 16, "--data.synthetic-train", 12)
     words += ("--data.synthetic-validation", 5, "--model.width", 4, "--model.depth", 2)
     words += ("--data.prepared-dir", tmp_path / "data", "--train.epochs", 2)
     words += ("--against", "pytorch", "--seeds", 0, 1, "--out", tmp_path, "--name", "small")
-    output = run_script("reproduce.py", *words)
+    # Seed 0 alone first, as if it had been stopped after that.
+    run_script("reproduce.py", *words[:-7], "--seeds", 0, *words[-4:])
+    alone = json.loads((tmp_path / "small.json").read_text())["runs"]
+    output = run_script("reproduce.py", *words, "--resume")
     for expected in ("synthetic: 12 train, 5 validation", "reported", "PyTorch", "jaxunet"):
         assert expected in output
     assert re.search(r"dice, batch of 4 +│ +0\.8494 │ +0\.\d{4} ± 0\.\d{4}", output)
     found = json.loads((tmp_path / "small.json").read_text())
     assert [run["seed"] for run in found["runs"]] == [0, 1]
+    assert found["runs"][:1] == alone  # not trained again: its seconds are the same
+    by_hand = [
+        run["jaxunet"]["scores"]["per_image"]["iou"]
+        - run["pytorch"]["scores"]["per_image"]["iou"]
+        for run in found["runs"]
+    ]
+    mean, half = sum(by_hand) / 2, 12.7062 * abs(by_hand[0] - by_hand[1]) / 2
+    difference = found["difference"]["per_image"]["iou"]
+    assert difference["mean"] == pytest.approx(mean)
+    assert difference["interval"] == pytest.approx([mean - half, mean + half], rel=1e-4)
     for run in found["runs"]:
         theirs, ours = run["pytorch"], run["jaxunet"]
         assert len(ours["losses"]) == 2 * 2
@@ -148,3 +170,19 @@ def test_the_script_prints_one_table_and_writes_every_seed(tmp_path):
     assert found["runs"][0]["jaxunet"]["losses"] != found["runs"][1]["jaxunet"]["losses"]
     assert found["versions"]["torch"]
     assert (tmp_path / "small.png").stat().st_size > 10_000
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
+    reproduce = importlib.import_module("reproduce")
+    path = tmp_path / "small.json"
+    assert reproduce.trained_before(path, found) == found["runs"]
+    assert reproduce.trained_before(tmp_path / "none.json", found) == []
+    other = copy.deepcopy(found)
+    other["config"]["optimizer"]["learning_rate"] = 0.5
+    with pytest.raises(DataError, match=r"optimizer\.learning_rate: 0\.0001 -> 0\.5"):
+        reproduce.trained_before(path, other)
+    without = copy.deepcopy(found)
+    del without["versions"]["torch"]  # as without --against pytorch
+    with pytest.raises(DataError, match=r"versions\.torch: '.*' -> None"):
+        reproduce.trained_before(path, without)
+    (tmp_path / "odd.json").write_text("{}")
+    with pytest.raises(DataError, match=r"odd\.json is no result of reproduce"):
+        reproduce.trained_before(tmp_path / "odd.json", found)
