@@ -199,8 +199,8 @@ class Trainer:
         if not self.has_checkpoints:
             if weights := starting_weights(self.config.model):
                 self.run.weights = weights.record
-                variables = with_encoder(state.variables, weights.variables)
-                state = jax.tree.map(np.asarray, state_from_variables(recipe, variables))
+                started = with_encoder(state.variables, weights.variables)
+                state = state_from_variables(recipe, started)
             return 0, self.strategy.replicate(state), Position(batches_per_epoch=per_epoch)
         step, state, record = self.checkpoints.restore("latest", state)
         del record["config"]
