@@ -248,7 +248,7 @@ def main() -> None:
     tuning.keep(run)
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
-    made["model"] = flops.size(config.model, config.data.image_size)
+    made["model"] = size = flops.size(config.model, config.data.image_size)
     if arguments.native:
         made["tolerance"] = arguments.tolerance
     trained_on = recorded_dataset(read_record(run))
@@ -256,6 +256,7 @@ def main() -> None:
     write_atomically(each, table(ids, evaluation))
     write_json(path, {**result, "views": arguments.views, "trained_on": trained_on, **made})
     print_scores(result)
+    print(f"{size['parameters']:,} parameters, {size['gflops']:.4g} GFLOPs an image")
     written = [path, each]
     if arguments.worst:
         written += draw_worst(
