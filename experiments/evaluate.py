@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from command_line import file_name, parse, print_scores, run_script
 
+from jaxunet.bench import flops
 from jaxunet.config import Config, DataConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
@@ -25,7 +26,7 @@ from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.files import check_writable, write_atomically, write_json
-from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
+from jaxunet.inference.challenge import TOLERANCE, evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.learning.metrics import per_image
 from jaxunet.learning.views import Views
@@ -86,6 +87,9 @@ class Arguments(tuning.Tuning):
     native: bool = False
     """Predict each original at its own size, write the masks to OUT/native-SPLIT, and score
     them as the challenge does."""
+    tolerance: float = TOLERANCE
+    """With --native, how far a boundary may be off and still count for the normalised surface
+    distance, in pixels of each picture's own size."""
     worst: int = 0
     """Draw so many of the images with the lowest Dice, with both outlines (two dozen, say)."""
     zip: bool = False
@@ -128,18 +132,24 @@ def check_replaces(path: Path, dataset: dict[str, Any]) -> None:
 
 
 def score_originals(
-    model: TrainedModel, strategy: Strategy, pairs: list[Pair], out: Path, config: Config
+    model: TrainedModel,
+    strategy: Strategy,
+    pairs: list[Pair],
+    out: Path,
+    config: Config,
+    tolerance: float,
 ) -> Evaluation:
     start = time.perf_counter()
-    counts = evaluate_native(
+    counts, boundary = evaluate_native(
         compile_probabilities(strategy, model.recipe, model.variables),
         pairs,
         out,
         image_size=config.data.image_size,
         threshold=config.train.threshold,
         batch_size=tuning.eval_batch_size(config.train),
+        tolerance=tolerance,
     )
-    return Evaluation(counts, None, time.perf_counter() - start)
+    return Evaluation(counts, None, time.perf_counter() - start, boundary)
 
 
 def draw_worst(
@@ -168,7 +178,12 @@ def main() -> None:
     arguments = parse(Arguments, DESCRIPTION)
     if arguments.zip and not arguments.native:
         raise ConfigError("--zip packs the masks that --native writes: add --native.")
+    if arguments.tolerance != TOLERANCE and not arguments.native:
+        raise ConfigError(
+            "--tolerance is for the boundary's scores at native size: add --native."
+        )
     require_at_least("--worst", arguments.worst, 0)
+    require_at_least("--tolerance", arguments.tolerance, 0)
     if arguments.worst and (arguments.native or arguments.distributed):
         raise ConfigError("--worst draws in one process, at the model's size: leave it out.")
     tuned = recorded_tuning(arguments.run)
@@ -218,7 +233,9 @@ def main() -> None:
     if difference:
         distributed.on_main(lambda: check_replaces(path, dataset), "checking --out")
     if arguments.native:
-        evaluation = score_originals(model, strategy, pairs, out / name, config)
+        evaluation = score_originals(
+            model, strategy, pairs, out / name, config, arguments.tolerance
+        )
         if arguments.zip:
             masks = [out / name / f"{pair.id}{MASK_SUFFIX}.png" for pair in pairs]
             zip_masks(masks, out / f"{name}.zip")
@@ -231,11 +248,15 @@ def main() -> None:
     tuning.keep(run)
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
+    made["model"] = size = flops.size(config.model, config.data.image_size)
+    if arguments.native:
+        made["tolerance"] = arguments.tolerance
     trained_on = recorded_dataset(read_record(run))
     each = path.with_suffix(".csv")
     write_atomically(each, table(ids, evaluation))
     write_json(path, {**result, "views": arguments.views, "trained_on": trained_on, **made})
     print_scores(result)
+    print(f"{size['parameters']:,} parameters, {size['gflops']:.4g} GFLOPs an image")
     written = [path, each]
     if arguments.worst:
         written += draw_worst(

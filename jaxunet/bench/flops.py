@@ -1,8 +1,10 @@
 """Floating-point operations of the model, counted from the shapes of its layers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +42,34 @@ def layers(config: ModelConfig, height: int, width: int) -> dict[str, Layer]:
     Returns:
         By the path of the layer, such as `encoder/level_0/conv_0`, in the order of the tree.
     """
+    return _layers(_shapes(config, height, width))
+
+
+def size(config: ModelConfig, side: int) -> dict[str, float]:
+    """The model's `parameters`, and `gflops`: 10^9 operations of a forward pass of one image
+    of `side` x `side` pixels. A multiplication and its addition count 2; who counts such a
+    pair as one, as `thop` does for most papers on light models, has half of it."""
+    shapes = _shapes(config, side, side)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    return {
+        "parameters": parameters,
+        "gflops": sum(layer.flops for layer in _layers(shapes).values()) / 1e9,
+    }
+
+
+def _shapes(config: ModelConfig, height: int, width: int) -> Mapping[str, Any]:
+    """The shapes of the model's variables and of all that its layers give for one image."""
     model = make_unet(replace(config, remat=False))
     images = jnp.zeros((1, height, width, 3))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(model.init, key, images)
-    apply = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
-    _, captured = jax.eval_shape(apply, variables, images)
-    results = traverse_util.flatten_dict(captured["intermediates"])
+    init = partial(model.init, capture_intermediates=True, mutable=True)
+    return jax.eval_shape(init, key, images)
+
+
+def _layers(shapes: Mapping[str, Any]) -> dict[str, Layer]:
+    results = traverse_util.flatten_dict(shapes["intermediates"])
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
         *layer, name = (str(key.key) for key in path)
         if name == "kernel":
             rows, columns = results[(*layer, "__call__")][0].shape[1:3]

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from jaxunet.config import DataConfig
 from jaxunet.data import drawing, folder, isic2018, synthetic
 from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
 from jaxunet.data.check import check_pair
+from jaxunet.data.duplicates import LIST_FILE, Looks, warning
 from jaxunet.data.locate import locate
 from jaxunet.data.prepared import Prepared, Size, check_complete
 from jaxunet.data.sources import Pair, SourcePairs, same_contents
 from jaxunet.errors import DataError, SourceGone
+from jaxunet.files import write_json
 
 
 def prepare(
@@ -42,7 +44,8 @@ def prepare(
 
     Args:
         config: which dataset, where from, at which size, prepared where.
-        progress: show a progress bar on stderr, and a line for what lies beside the data.
+        progress: show a progress bar on stderr, a line for what lies beside the data, and a
+            warning of pictures of different splits that look the same.
         recorded: fingerprint of the dataset that a run was trained on. Where the source is
             gone and that dataset is still there, it is opened.
 
@@ -62,6 +65,7 @@ def prepare(
             progress=progress,
         ),
     )
+    near: list[tuple[str, str]] = []
     with _quiet():
         builder = make_builder()
         directory = Path(builder.data_path)
@@ -78,8 +82,13 @@ def prepare(
                         shutil.rmtree(leftover, ignore_errors=True)
                 if not directory.exists():
                     _build(builder, directory, progress)
+                    near = recipe.looks.near_duplicates()
             builder = make_builder()
     check_complete(directory)
+    if near:
+        write_json(directory / LIST_FILE, near)
+        if progress:
+            print(warning(near, directory / LIST_FILE), file=sys.stderr)
     if recipe.gone and progress:
         print(
             f"{recipe.gone} Going on with what was prepared from it: {directory}",
@@ -124,11 +133,13 @@ class _BuildSpec:
     official_counts: dict[str, int | None]
     gone: str = ""
     """Why the dataset cannot be built, but only opened."""
+    looks: Looks = field(default_factory=Looks)
+    """Filled as it is built."""
 
 
 def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _BuildSpec:
     splits = ("train", "validation", "test")
-    size = config.resolved_stored_size
+    size, looks = config.resolved_stored_size, Looks()
     if config.name == "synthetic":
         side = config.image_size if config.stored_size in ("auto", "native") else size
         assert isinstance(side, int)
@@ -155,10 +166,11 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _BuildS
                 size,
                 _digest(sorted(map(repr, isic2018.Isic2018.url_infos.items()))),
                 lambda manager: _plan(
-                    isic2018.download(manager).read_as(config), config, "the download"
+                    isic2018.download(manager).read_as(config), config, "the download", looks
                 ),
                 needs,
                 official,
+                looks=looks,
             )
         builder: type[PairsBuilder] = isic2018.Isic2018
     else:
@@ -180,15 +192,17 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _BuildS
         builder,
         size,
         fingerprint,
-        lambda manager: _plan(source, config, config.dir),
+        lambda manager: _plan(source, config, config.dir, looks),
         needs,
         official,
         gone,
+        looks,
     )
 
 
-def _plan(source: SourcePairs, config: DataConfig, where: object) -> Plan:
+def _plan(source: SourcePairs, config: DataConfig, where: object, looks: Looks) -> Plan:
     size = config.resolved_stored_size
+    looks.splits = source.splits
     items = {split: {pair.id: pair for pair in pairs} for split, pairs in source.splits.items()}
     everything = [pair for pairs in source.splits.values() for pair in pairs]
     mean_bytes = sum(p.image.size + p.mask.size for p in everything) // max(1, len(everything))
@@ -196,17 +210,18 @@ def _plan(source: SourcePairs, config: DataConfig, where: object) -> Plan:
     copies = same_contents(everything) if config.name == "folder" else []
     return Plan(
         items=items,
-        make=partial(_make, size),
+        make=partial(_make, size, looks),
         where=where,
         problems=source.problems + copies,
         bytes_per_example=max(1, mean_bytes) if size == "native" else 4 * size * size,
     )
 
 
-def _make(size: Size, pair: Pair) -> Example | list[str]:
+def _make(size: Size, looks: Looks, pair: Pair) -> Example | list[str]:
     checked = check_pair(pair, side=size if isinstance(size, int) else None)
     if isinstance(checked, list):
         return checked
+    looks.note(pair, checked.image)
     return store(checked.id, checked.image_file, checked.image, checked.mask, size)
 
 

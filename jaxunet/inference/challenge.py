@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
@@ -27,10 +27,15 @@ from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
 from jaxunet.files import write_atomically
 from jaxunet.inference.prediction import ProbabilitiesFn, predict_each, write_mask
+from jaxunet.learning.boundary import boundary_scores
 from jaxunet.learning.metrics import Counts
 from jaxunet.runs.evaluation import describe
 
 LESION_ABOVE = 128
+TOLERANCE = 10.0
+"""Pixels that a boundary may be off and still count as found: about 1% of the diagonal of the
+smaller pictures of ISIC 2018 (1022 x 767, say), and the width of one or two of the pixels that
+a model of 128 px sees of them."""
 
 
 def originals(config: DataConfig, split: str) -> tuple[list[Pair], dict[str, Any]]:
@@ -95,16 +100,21 @@ def evaluate_native(
     image_size: int,
     threshold: float,
     batch_size: int,
+    tolerance: float = TOLERANCE,
     progress: bool = True,
-) -> Counts:
-    """Predict every pair at its own size, write its mask into `out`, and count its pixels.
+) -> tuple[Counts, Float[np.ndarray, "images 2"]]:
+    """Predict every pair at its own size, write its mask into `out`, and score it.
 
     True masks are read as `prepare` reads them. The mask of a pair is called after its id, by
     `write_mask`; whatever else `out` holds stays there. Masks come there all together at the
     end: those of a scoring that fails would be taken for its results, or mixed with another's.
 
+    Args:
+        tolerance: see `jaxunet.learning.boundary`, in pixels of the picture.
+
     Returns:
-        [pairs, 4] in the order of `pairs`; see `jaxunet.learning.metrics`.
+        Counts [pairs, 4] and scores of the boundary [pairs, 2] in the order of `pairs`; see
+        `jaxunet.learning.metrics` and `jaxunet.learning.boundary`.
 
     Raises:
         DataError: a file is damaged, or an image and its mask differ in size.
@@ -116,15 +126,16 @@ def evaluate_native(
             pair.image.read(), name=str(pair.image), max_megapixels=pair.max_megapixels
         )
 
-    def finish(pair: Pair, mask: np.ndarray) -> np.ndarray:
+    def finish(pair: Pair, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         truth = decode_mask(pair)[:, :, 0]
         size, mask_size = (mask.shape[0], mask.shape[1]), (truth.shape[0], truth.shape[1])
         if problem := sizes_differ(pair, pair.image.read, size, mask_size):
             raise DataError(problem)
         write_mask(Path(unfinished), pair.id, mask)
-        return count(mask > LESION_ABOVE, truth > LESION_ABOVE)
+        found, true = mask > LESION_ABOVE, truth > LESION_ABOVE
+        return count(found, true), boundary_scores(found, true, tolerance)
 
-    counts = []
+    scored = []
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as unfinished:
         predicted = predict_each(
@@ -140,10 +151,11 @@ def evaluate_native(
             for _, result in Bar("native", len(pairs), results, leave=True, show=progress):
                 if isinstance(result, DataError):
                     raise result
-                counts.append(result)
+                scored.append(result)
         for mask in Path(unfinished).iterdir():
             mask.replace(out / mask.name)
-    return np.stack(counts)
+    counts, boundaries = zip(*scored, strict=True)
+    return np.stack(counts), np.stack(boundaries)
 
 
 def score_folders(truth: Path, predictions: Path) -> tuple[list[str], Counts]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxunet.config import ModelConfig
 from jaxunet.pretrained.files import read_bytes, read_tensors
+from jaxunet.pretrained.origin import check_origin
 from jaxunet.pretrained.renaming import encoder_variables
 from jaxunet.pretrained.sources import SOURCES, digest
 
@@ -51,5 +52,7 @@ def starting_weights(config: ModelConfig) -> StartingWeights | None:
         origin.check(path, digest(contents))
         licence = origin.licence
     variables = encoder_variables(config.encoder, read_tensors(path, contents), str(path))
+    if isinstance(config.weights, Path):
+        check_origin(config.encoder, variables, path, digest(contents))
     record = {"source": source, "sha256": digest(contents), "licence": licence}
     return StartingWeights(variables, record)

@@ -23,7 +23,8 @@ from jaxunet.devices.environment import environment
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Step
 from jaxunet.errors import RunError
-from jaxunet.learning.bootstrap import intervals
+from jaxunet.learning import boundary
+from jaxunet.learning.bootstrap import intervals, mean_intervals
 from jaxunet.learning.metrics import per_image, scores
 
 DECIDING_PACKAGES = ("jaxunet", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -42,16 +43,39 @@ class Evaluation:
         counts: int64 [images, 4]: true and false positives, false and true negatives.
         loss: mean loss over images; None where it was not computed.
         seconds: wall time.
+        boundary: float64 [images, 2]: see `jaxunet.learning.boundary`; None where masks were
+            not compared at their own size.
     """
 
     counts: np.ndarray
     loss: float | None
     seconds: float
+    boundary: np.ndarray | None = None
+
+    @property
+    def per_image(self) -> dict[str, np.ndarray]:
+        """Every score of each image, of its pixels and of its boundary."""
+        return {**per_image(self.counts), **self._of_boundary}
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
         """Every metric under every protocol; see `jaxunet.learning.metrics.scores`."""
-        return scores(self.counts)
+        found = scores(self.counts)
+        found["per_image"].update({k: float(v.mean()) for k, v in self._of_boundary.items()})
+        return found
+
+    @property
+    def intervals(self) -> dict[str, dict[str, list[float]]]:
+        """The interval of each of `scores`; see `jaxunet.learning.bootstrap`."""
+        found = intervals(self.counts)
+        if self._of_boundary:
+            found["per_image"].update(mean_intervals(self._of_boundary))
+        return found
+
+    @property
+    def _of_boundary(self) -> dict[str, np.ndarray]:
+        columns = () if self.boundary is None else self.boundary.T
+        return dict(zip(boundary.NAMES, columns, strict=False))
 
     def require_finite(self, step: int, where: str) -> None:
         """Raise `RunError` if the loss is not finite: scores would mean nothing."""
@@ -119,7 +143,7 @@ def report(
     return {
         "dataset": dataset,
         "scores": evaluation.scores,
-        "intervals": intervals(evaluation.counts),
+        "intervals": evaluation.intervals,
         **loss,
         "step": step,
         "epoch": epoch,
@@ -132,7 +156,7 @@ def report(
 
 def table(ids: Sequence[str], evaluation: Evaluation) -> str:
     """A CSV file's text: the scores and the counts of each image, a line each."""
-    values = per_image(evaluation.counts)
+    values = evaluation.per_image
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["id", *values, *COUNTED])

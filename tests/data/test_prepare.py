@@ -22,6 +22,8 @@ from small_data import (
 
 from jaxunet.config import DataConfig
 from jaxunet.data import prepare
+from jaxunet.data.duplicates import alike, fingerprint, warning
+from jaxunet.data.images import read_reduced_image
 from jaxunet.errors import DataError
 
 
@@ -70,6 +72,63 @@ def test_an_id_in_two_splits_is_a_problem(isic: DataConfig) -> None:
     write_zip(isic.dir / "ISIC2018_Task1_Validation_GroundTruth.zip", masks)
     with pytest.raises(DataError, match="split 'train'; splits must not share"):
         quiet(isic)
+
+
+def skin(seed: int) -> Image.Image:
+    """A picture as smooth as a lesion on skin, of its own kind for each seed."""
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    return Image.fromarray(noise).resize((240, 180), Image.Resampling.BICUBIC)
+
+
+def test_pictures_that_look_the_same_in_different_splits_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brighter = np.clip(np.asarray(skin(1)) * 0.8 + 30, 0, 255).astype(np.uint8)
+    pictures = {
+        "train": {"a": skin(0), "b": skin(1), "c": skin(2), "c-again": skin(2)},
+        "val": {"d": skin(0).resize((111, 90)), "e": skin(3)},
+        "test": {"f": Image.fromarray(brighter), "g": skin(4)},
+    }
+    for split, each in pictures.items():
+        for name, image in each.items():
+            images, masks = (tmp_path / "own" / split / kind for kind in ("images", "masks"))
+            images.mkdir(parents=True, exist_ok=True)
+            masks.mkdir(exist_ok=True)
+            quality = 40 + 7 * len(list(images.iterdir()))
+            image.save(images / f"{name}.jpg", quality=quality)
+            Image.new("L", image.size, 255).save(masks / f"{name}.png")
+    config = DataConfig(
+        name="folder", dir=tmp_path / "own", prepared_dir=tmp_path / "prepared", stored_size=32
+    )
+    found = prepare(config)
+    listed = found.directory / "near_duplicates.json"
+    assert json.loads(listed.read_text()) == [
+        ["train/a", "validation/d"],
+        ["train/b", "test/f"],
+    ]
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "warning: 2 pairs of pictures in different splits look the same: train/a and "
+        "validation/d, train/b and test/f. Scores of what was trained on flatter" in said
+    )
+    assert str(listed) in said
+    prepare(config)
+    assert "look the same" not in capsys.readouterr().err
+
+
+def test_of_many_near_duplicates_three_are_named() -> None:
+    found = [(f"train/{n}", f"test/{n}") for n in range(1200)]
+    said = warning(found, "LIST")
+    assert "1,200 pairs" in said
+    assert "train/2 and test/2, and 1,197 more." in said
+    assert "1 pair of" in warning(found[:1], "LIST")
+
+
+def test_different_lesions_do_not_look_the_same(real_data: Path) -> None:
+    """Of 400 pictures; those that do are ISIC's own copies, by other cameras or colours."""
+    images = sorted((real_data / "ISIC2018_Task1-2_Training_Input").glob("*.jpg"))[:400]
+    bits = np.stack([fingerprint(read_reduced_image(path, 64)[0]) for path in images])
+    assert alike(bits, bits) == [(i, i) for i in range(len(images))]
 
 
 def test_a_prepared_dataset_is_opened_without_reading_the_images(own: DataConfig) -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from bad_input.ground import SCRIPTS, run
@@ -15,10 +16,13 @@ from small_data import encoded, half_mask, picture, write_files
 
 import jaxunet
 from jaxunet import files
+from jaxunet.bench.flops import forward_flops
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
+from jaxunet.inference.challenge import read_truth
+from jaxunet.learning.boundary import boundary_scores
 from jaxunet.runs.loading import compile_probabilities, load
 from jaxunet.runs.record import load_config
 from jaxunet.runs.training import train
@@ -191,20 +195,38 @@ def test_no_two_scorings_share_a_name(monkeypatch):
     assert script.file_name("test", native=True, other=None, best=False) == "native-test"
 
 
-def test_a_zip_holds_the_masks_of_this_scoring_alone(world):
-    words = ("--native", "--zip", "--split", "test")
+def test_native_scores_are_of_the_masks_that_a_zip_holds_and_no_others(world, sound):
+    words = ("--native", "--zip", "--split", "test", "--tolerance", 1.5)
     stale = world / "run" / "native-test" / "zzz_segmentation.png"
     write_files(stale.parent, {stale.name: encoded(half_mask())})
     evaluate(world, *words)
     with zipfile.ZipFile(world / "run" / "native-test.zip") as archive:
         assert archive.namelist() == [f"{n}_segmentation.png" for n in (10, 11, 12)]
     prepared = json.loads((world / "run" / "config.json").read_text())["dataset"]
-    dataset = written(world / "run", "native-test")["dataset"]
-    assert dataset["fingerprint"] == prepared["fingerprint"]
+    found = written(world / "run", "native-test")
+    assert found["dataset"]["fingerprint"] == prepared["fingerprint"]
+    # The boundary's scores are those of the masks that were written.
+    masks = [read_truth(stale.parent / f"{n}_segmentation.png") for n in (10, 11, 12)]
+    each = np.array([boundary_scores(mask, half_mask(16, 16) > 0, 1.5) for mask in masks])
+    assert each[:, 0].min() > 1  # half of each is lesion, and not found so
+    for name, column in zip(("hd95", "nsd"), each.T, strict=True):
+        value = found["scores"]["per_image"][name]
+        assert value == pytest.approx(column.mean())
+        low, high = found["intervals"]["per_image"][name]
+        assert low - 1e-9 <= value <= high + 1e-9
+        with (world / "run" / "evaluation-native-test.csv").open() as file:
+            lines = [float(line[name]) for line in csv.DictReader(file)]
+        assert lines == pytest.approx(column, abs=1e-6)
+    assert found["tolerance"] == 1.5
+    assert found["model"]["parameters"] == sum(
+        leaf.size for leaf in jax.tree.leaves(load(world / "run").variables["params"])
+    )
+    assert found["model"]["gflops"] == forward_flops(sound[1].model, 16, 16) / 1e9
     evaluate(world, *words, "--data.dir", world / "other")
     with zipfile.ZipFile(world / "run" / "native-folder-test.zip") as archive:
         assert archive.namelist() == [f"{n}_segmentation.png" for n in range(20, 25)]
     assert "add --native" in evaluate(world, "--zip", expect=1)
+    assert "add --native" in evaluate(world, "--tolerance", 3, expect=1)
 
 
 def test_a_run_that_cannot_be_written_to_is_said_first_and_scored_elsewhere(world, monkeypatch):

@@ -169,7 +169,7 @@ def test_native_evaluation_writes_and_scores_masks_at_each_images_own_size(tmp_p
     assert dataset["count"] == 3
     assert dataset["official_count"] == 1000
     assert dataset["unofficial_splits"] == {"test": "3 of 1000"}
-    counts = evaluate_native(
+    counts, _ = evaluate_native(
         bright, pairs, tmp_path / "out", image_size=32, threshold=0.5, batch_size=2
     )
     for (key, (height, width)), row in zip(sizes.items(), counts, strict=True):
@@ -234,7 +234,7 @@ def test_native_scoring_takes_the_masks_that_preparing_takes(tmp_path, masks, bi
     pairs, dataset = originals(config, "train")
     assert dataset["fingerprint"] == prepared.fingerprint
     assert [pair.id for pair in pairs] == prepared.ids("train")
-    counts = evaluate_native(
+    counts, _ = evaluate_native(
         bright, pairs, tmp_path / "out", image_size=24, threshold=0.5, batch_size=2
     )
     assert counts[:, [0, 2]].sum(axis=1).tolist() == [8 * 8] * len(pairs)

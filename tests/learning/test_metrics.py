@@ -1,3 +1,4 @@
+import any_torchvision  # noqa: F401  before torchmetrics, which asks for it
 import jax.numpy as jnp
 import numpy as np
 import pytest
