@@ -9,12 +9,14 @@ import onnx
 from onnx import helper, numpy_helper
 
 from jaxunet.errors import ConfigError
-from jaxunet.export.graph import IR_VERSION, OPSET, Graph, Name, add_program
+from jaxunet.export.conversion import add_program
+from jaxunet.export.graph import IR_VERSION, OPSET, Graph, Name, Value
 from jaxunet.export.program import image_shape, program_of
 from jaxunet.files import write_atomically
 from jaxunet.model.portable import portable
 from jaxunet.runs.loading import TrainedModel
 
+UINT8, FLOAT = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
 LARGEST = 2**31 - 1  # bytes of a protocol buffer
 
 
@@ -40,23 +42,20 @@ def make_onnx(
         )
     (result,) = add_program(graph, program, [images])
     if native:
-        inputs = {"image": (onnx.TensorProto.UINT8, ["height", "width", 3])}
-        outputs = {"probability": (onnx.TensorProto.FLOAT, ["height", "width"])}
         result = _at_size(graph, result)
+        given = _value("image", UINT8, "height", "width", 3)
+        gives = _value("probability", FLOAT, "height", "width")
     else:
-        inputs = {"images": (onnx.TensorProto.UINT8, ["batch", side, side, 3])}
-        outputs = {"probabilities": (onnx.TensorProto.FLOAT, ["batch", side, side, 1])}
-    (name,) = outputs
-    graph.nodes.append(
-        helper.make_node("Identity", [graph.name_of(result)], [name])
-    )
-    graph.prune([name])
+        given = _value("images", UINT8, "batch", side, side, 3)
+        gives = _value("probabilities", FLOAT, "batch", side, side, 1)
+    graph.nodes.append(helper.make_node("Identity", [graph.name_of(result)], [gives.name]))
+    graph.prune([gives.name])
     made = helper.make_model(
         helper.make_graph(
             graph.nodes,
             "jaxunet",
-            [helper.make_tensor_value_info(key, *value) for key, value in inputs.items()],
-            [helper.make_tensor_value_info(key, *value) for key, value in outputs.items()],
+            [given],
+            [gives],
             [numpy_helper.from_array(array, key) for key, array in graph.arrays.items()],
         ),
         producer_name="jaxunet",
@@ -70,6 +69,10 @@ def make_onnx(
             "--format stablehlo has no such limit."
         )
     return made
+
+
+def _value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
 
 
 def write_onnx(made: onnx.ModelProto, path: Path) -> None:
@@ -86,7 +89,7 @@ def _resized(graph: Graph, side: int) -> Name:
     return graph.add("Transpose", _resize(graph, channels_first, sizes), perm=(0, 2, 3, 1))
 
 
-def _at_size(graph: Graph, probabilities: Name) -> Name:
+def _at_size(graph: Graph, probabilities: Value) -> Name:
     """[1, side, side, 1] at the picture's own size, [height, width]."""
     channels_first = graph.add("Transpose", probabilities, perm=(0, 3, 1, 2))
     own = graph.add("Shape", Name("image"), end=2)
@@ -96,4 +99,6 @@ def _at_size(graph: Graph, probabilities: Name) -> Name:
 
 def _resize(graph: Graph, x: Name, sizes: Name | np.ndarray) -> Name:
     nothing = Name("")  # no region of interest, no scales
-    return graph.add("Resize", x, nothing, nothing, sizes, mode="linear", antialias=1, exclude_outside=1)
+    return graph.add(
+        "Resize", x, nothing, nothing, sizes, mode="linear", antialias=1, exclude_outside=1
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from jaxunet.runs.loading import TrainedModel
 
 Images = UInt8[Array, "batch size size 3"]
 Probabilities = Float[Array, "batch size size 1"]
+Dtype = Literal["float32", "bfloat16"]
 Program = Callable[[Images], Probabilities]
 
 
-def program_of(model: TrainedModel, dtype: str | None = None) -> Program:
+def program_of(model: TrainedModel, dtype: Dtype | None = None) -> Program:
     """The function of a model's images, with the weights inside.
 
     Args:
@@ -25,11 +27,12 @@ def program_of(model: TrainedModel, dtype: str | None = None) -> Program:
     """
     config = model.config.model
     recipe = make_recipe(Config(model=replace(config, dtype=dtype or config.dtype)))
+    variables = jax.tree.map(jnp.asarray, model.variables)
     quarters = QUARTERS[model.recipe.views]
     turns = [(quarter, flip) for quarter in quarters for flip in (False, True)]
 
     def seen(images: Images) -> Probabilities:
-        return predict_step(recipe, model.variables, images)
+        return predict_step(recipe, variables, images)
 
     def probabilities(images: Images) -> Probabilities:
         if not turns:
