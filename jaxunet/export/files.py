@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from jaxunet.config_json import to_dict
 from jaxunet.devices.environment import version_of
 from jaxunet.errors import ConfigError
 from jaxunet.export.stablehlo import make_stablehlo
@@ -44,7 +45,7 @@ def export(
     if kind == "onnx":
         _check_onnx()
     model = load(run, which, views)
-    said = metadata(run, model)
+    said = {**metadata(run, model), "native": json.dumps(native)}
     if kind == "onnx":
         from jaxunet.export.onnx_file import make_onnx, write_onnx  # the extra `[onnx]`
 
@@ -59,6 +60,7 @@ def metadata(run: Path, model: TrainedModel) -> dict[str, str]:
     known = facts(run)
     known["results"] = [each for each in known["results"] if each["step"] == model.step]
     known |= {"step": model.step, "epoch": model.epoch, "views": model.recipe.views}
+    known["model"] = to_dict(model.config.model)
     known["exported_by"] = " ".join(f"{name} {version_of(name)}" for name in ("jaxunet", "jax"))
     return {
         name: value if isinstance(value, str) else json.dumps(value)

@@ -17,8 +17,10 @@ from scripts import SMALL
 from scripts import run as run_script
 from tiny_encoder import TINY, tiny_encoder
 
-from jaxunet.config import Config, DataConfig, ModelConfig
-from jaxunet.errors import ConfigError, RunError
+from jaxunet.bench.exported import config_of, measure_exported
+from jaxunet.bench.setting import Setting, Timing
+from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.export.conversion import add_program
 from jaxunet.export.files import export
 from jaxunet.export.graph import Graph, Name
@@ -179,10 +181,24 @@ def test_the_script_exports_a_run_and_writes_its_card(tmp_path: Path) -> None:
     (found,) = session.run(None, {"image": picture})
     assert (np.where(found > 0.5, 255, 0) != model.predict(picture)).mean() <= 1e-3
 
-    file = tmp_path / "unet.stablehlo"
-    export(run, file, "stablehlo")
-    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    files = [tmp_path / "batches.onnx", tmp_path / "unet.stablehlo"]
+    export(run, files[0], "onnx")
+    export(run, files[1], "stablehlo")
+    program = jax.export.deserialize(bytearray(files[1].read_bytes()))
     assert json.loads(program.fun_name)["threshold"] == "0.5"
+
+    with pytest.raises(DataError, match="without --native"):
+        config_of(Config(), unet)
+    for file in files:  # timed for its own model, not that of the benchmark's options
+        config = config_of(Config(train=TrainConfig(batch_size=2)), file)
+        assert (config.model, config.data.image_size) == (model.config.model, 16)
+        timing = Timing(rounds=2, seconds=0.01)
+        found = measure_exported(file, Setting(config, "jit", 1), timing)
+        assert found["exported_over_jaxunet"]["median"] > 0
+        assert found["exported"]["images_per_second"] > 0
+    unet.write_bytes(b"x")
+    with pytest.raises(DataError, match="is no file of experiments/export"):
+        config_of(Config(), unet.rename(tmp_path / "odd"))
 
 
 def test_what_can_not_be_exported_is_said_first(tmp_path: Path) -> None:
