@@ -13,6 +13,7 @@ import jax
 from command_line import parse, run_script
 
 from jaxunet.bench.card import card, cudnn_version, share_memory, use_tf32
+from jaxunet.bench.exported import config_of, measure_exported
 from jaxunet.bench.feeding import make_preparation
 from jaxunet.bench.figures import draw
 from jaxunet.bench.kernels import profile, text
@@ -62,6 +63,8 @@ class Arguments(tuning.Tuning, Timing, Config):
     sweep: Sweep = field(default_factory=Sweep)
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
+    exported: tuple[Path, ...] = ()
+    """Files of experiments/export.py to time, each beside our predict step for its model."""
     profile: Path | None = None
     """Also write into this folder a trace of three training steps, for Perfetto and
     TensorBoard, and a table of their dearest kernels by layer and kind."""
@@ -137,6 +140,7 @@ def main() -> None:
         from jaxunet.interop.pytorch_unet import make_pytorch_unet
 
         make_pytorch_unet(replace(arguments.model, dtype="float32", remat=False))
+    files = {path: config_of(arguments.config, path) for path in arguments.exported}
     dtypes = sorted({point.config.model.dtype for point in points})
     seconds = min(0.3, arguments.seconds)
     rates = {dtype: matmul_rate(dtype, jax.devices()[0], seconds) for dtype in dtypes}
@@ -178,6 +182,11 @@ def main() -> None:
         if "layers" in arguments.measure:
             point["layers"] = measure_layers(setting, arguments)
         point["card"] = card()  # its clocks and temperature while it is warm
+        save()
+    for file, config in files.items():
+        print(f"Measuring {file}", flush=True)
+        setting = Setting(config, arguments.parallel, jax.device_count())
+        result.setdefault("exported", []).append(measure_exported(file, setting, arguments))
         save()
     draw(result, path.with_suffix(".png"), title(result))
     show(result)

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WINGS = (
-    *("front", "inference", "bench", "interop", "runs", "devices", "learning", "data"),
-    *("pretrained", "model", "ground"),
+    *("front", "inference", "bench", "interop", "export", "runs", "devices", "learning"),
+    *("data", "pretrained", "model", "ground"),
 )
 """From the top down: the front door is `jaxunet/__init__.py`, the ground the files beside."""
 

@@ -48,6 +48,11 @@ def show(result: dict[str, Any]) -> None:
         for cache, found in point.get("training", {}).items():
             over = found["ratio_to_step"]["median"]
             row(table, f"training, cache {cache}: {over:.3f} of the step", found)
+    for found in result.get("exported", []):
+        table.add_section()
+        row(table, f"predict step, jaxunet, for {found['file']}", found["jaxunet"])
+        over = found["exported_over_jaxunet"]["median"]
+        row(table, f"{found['file']}: {over:.3f} of it", found["exported"])
     if "preparation" in result:
         table.add_section()
         for name, found in result["preparation"].items():

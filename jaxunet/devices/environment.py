@@ -44,7 +44,7 @@ def environment(*others: str) -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
+            **{name: version_of(name) for name in packages},
         },
         "devices": {
             "platform": devices[0].platform,
@@ -59,7 +59,8 @@ def environment(*others: str) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None for one that is not, or is used from a checkout."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

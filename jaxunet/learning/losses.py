@@ -24,7 +24,10 @@ def lesion_logits(
     logits: Float[Array, "batch height width classes"],
 ) -> Float[Array, "batch height width 1"]:
     """One logit a pixel from one or two: softmax over two is sigmoid of their difference."""
-    return logits if logits.shape[-1] == 1 else logits[..., 1:2] - logits[..., 0:1]
+    if logits.shape[-1] == 1:
+        return logits
+    background, lesion = jnp.split(logits, 2, axis=-1)
+    return lesion - background
 
 
 def bce(logits: Logits, mask: Mask) -> PerExample:

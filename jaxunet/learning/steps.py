@@ -288,13 +288,9 @@ def _logits_at_input_size(
     shown = normalize(images, recipe.model.config.encoder)
     output: Any = recipe.model.apply(variables, shown)
     logits = lesion_logits(output)
-    rows, columns = (a - b for a, b in zip(images.shape[1:3], logits.shape[1:3], strict=True))
-    if not rows and not columns:
-        return logits
-    border = (
-        (0, 0),
-        (rows // 2, rows - rows // 2),
-        (columns // 2, columns - columns // 2),
-        (0, 0),
-    )
-    return jnp.pad(logits, border, mode="edge")
+    for axis in (1, 2):
+        missing = images.shape[axis] - logits.shape[axis]
+        before = [jax.lax.slice_in_dim(logits, 0, 1, axis=axis)] * (missing // 2)
+        after = [jax.lax.slice_in_dim(logits, -1, None, axis=axis)] * (missing - missing // 2)
+        logits = jnp.concatenate([*before, logits, *after], axis=axis)
+    return logits

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxunet.model import cpu, winograd
 from jaxunet.model.bilinear import bilinear, sum_type, transposed
 from jaxunet.model.folding import columns, fold, fold_kernel, unfold
+from jaxunet.model.portable import is_portable
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -76,7 +77,9 @@ def conv3x3(
 
 def _chosen_conv(x: Image, kernel: Kernel) -> Image:
     forms: dict[str, Form] = {"tpu": _folded_conv}
-    if winograd.pays(x, kernel):
+    if is_portable():
+        pass
+    elif winograd.pays(x, kernel):
         forms["cpu"] = winograd.conv
     elif _loops_can(x, kernel.shape[3]):
         shape = (*x.shape[:3], kernel.shape[3])

@@ -19,6 +19,7 @@ from jaxunet.model.folding import (
     split_columns,
     unfold,
 )
+from jaxunet.model.portable import is_portable
 
 Matrix = Float[Array, "_ _"]
 Windows = tuple[Image, Image, Image, Image]
@@ -110,7 +111,10 @@ def max_pool2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     run (select-and-scatter has no such form). On a TPU it is XLA's own, whose windows are no
     copies there, but of folded images the comparison again.
     """
-    return lax.platform_dependent(x, tpu=_folded_max, default=_max_of_windows)
+    # In bfloat16 a CPU's program gave garbage with it (jax 0.12.0.1, fused with a convolution).
+    plain = is_portable() and x.dtype == jnp.float32
+    default = _reduced_windows if plain else _max_of_windows
+    return lax.platform_dependent(x, tpu=_folded_max, default=default)
 
 
 @jax.custom_vjp

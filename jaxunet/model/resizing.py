@@ -1,6 +1,7 @@
 """Feature maps cropped, padded and enlarged."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 Features = Float[Array, "batch height width channels"]
@@ -11,7 +12,9 @@ def center_crop(
 ) -> Float[Array, "batch {height} {width} channels"]:
     """The middle `height` x `width` of `x`; an odd remainder is cut from the far side."""
     top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
-    return x[:, top : top + height, left : left + width]
+    # Of images of a symbolic batch size NumPy's slices would be a gather.
+    end = (x.shape[0], top + height, left + width, x.shape[3])
+    return lax.slice(x, (0, top, left, 0), end)
 
 
 def center_pad(

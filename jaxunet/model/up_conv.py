@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from jaxunet.model.bilinear import bilinear, sum_type, transposed
 from jaxunet.model.conv import DIMENSIONS, Image
 from jaxunet.model.folding import columns, fold, fold_up_kernel, unfold
+from jaxunet.model.portable import is_portable
 
 BlockKernel = Float[Array, "2 2 _ _"]
 
@@ -28,7 +29,8 @@ def up_conv2x2(
 
 
 def _chosen_up(x: Image, kernel: BlockKernel) -> Image:
-    return lax.platform_dependent(x, kernel, tpu=_dilated_up, default=_product_up)
+    default = _dilated if is_portable() else _product_up
+    return lax.platform_dependent(x, kernel, tpu=_dilated_up, default=default)
 
 
 def _chosen_input_gradient(dy: Image, kernel: BlockKernel) -> Image:

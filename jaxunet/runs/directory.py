@@ -7,6 +7,7 @@ tensorboard/     the same as event files
 checkpoints/     see `jaxunet.runs.checkpoint`
 figures/         curves.png, predictions.png
 summary.json     final scores, by protocol
+MODEL_CARD.md    what the model is, for those who get it without the run
 tuning/          on a GPU, the algorithms that its steps were compiled with
 """
 

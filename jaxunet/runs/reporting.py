@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +12,18 @@ from jaxunet.config import Config
 from jaxunet.data.images import resize_image, resize_mask
 from jaxunet.data.reader import DataSource
 from jaxunet.devices.tuning import eval_batch_size
+from jaxunet.files import write_json
 from jaxunet.learning.metrics import per_image
 from jaxunet.runs import figures
 from jaxunet.runs.loading import Probabilities
+from jaxunet.runs.model_card import write_card
 from jaxunet.runs.record import read_metrics
+
+
+def write_summary(run: Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json` and `MODEL_CARD.md` under `run`."""
+    write_json(run / "summary.json", summary)
+    write_card(run)
 
 
 def write_figures(

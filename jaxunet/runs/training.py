@@ -21,7 +21,6 @@ from jaxunet.devices.feed import Feed
 from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import RunError, Stopped
-from jaxunet.files import write_json
 from jaxunet.learning.steps import (
     TrainState,
     eval_step,
@@ -36,7 +35,7 @@ from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
 from jaxunet.runs.journal import Journal, Position
 from jaxunet.runs.loading import compile_probabilities
-from jaxunet.runs.reporting import write_figures
+from jaxunet.runs.reporting import write_figures, write_summary
 from jaxunet.runs.stopping import StopVote, stop_requests
 
 
@@ -277,7 +276,7 @@ class Trainer:
         host = self.strategy.fetch(self.state)
         if not is_main():
             return Outcome(host, summary, [])
-        write_json(self.run.path / "summary.json", summary)
+        write_summary(self.run.path, summary)
         pictures = write_figures(
             self.run.path,
             compile_probabilities(self.own_strategy, self.recipe, host.variables),

@@ -10,6 +10,7 @@ The stride of a bottleneck is in its 3x3 convolution. Variables are named
 """
 
 from flax import linen as nn
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxunet.config import ModelConfig
@@ -57,7 +58,7 @@ class Block(nn.Module):
         else:
             y = conv3x3(1, 1, relu(conv3x3(0, self.stride, x)))
         if self.stride > 1 or x.shape[-1] != features:
-            strided = x[:, :: self.stride, :: self.stride]
+            strided = lax.slice(x, (0,) * 4, x.shape, (1, self.stride, self.stride, 1))
             x = conv1x1("shortcut", "shortcut_norm", features, strided)
         return relu(x + y)
 

@@ -1,0 +1,158 @@
+"""What a model is, for those who get it without its run: facts, and `MODEL_CARD.md` from them.
+
+The card has the form that model hubs read, Markdown with a head in YAML.
+"""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jaxunet.files import write_atomically
+from jaxunet.runs.record import load_config, read_record, recorded_dataset
+
+WARNING = "Research software, not a medical device: not to be used to examine or treat anybody."
+LICENCES = {
+    "isic2018": ("cc-by-nc-4.0", "ISIC 2018 Task 1, CC BY-NC 4.0: non-commercial use only"),
+    "synthetic": ("apache-2.0", "pictures drawn from a seed, no licence but the code's"),
+    "folder": ("other", "the user's own pictures, under whatever licence they are"),
+}
+"""Of models by what they were trained on: the hubs' word for it, and in words."""
+
+
+def facts(run: Path) -> dict[str, Any]:
+    """What the run directory says of its model.
+
+    Raises:
+        RunError: `run` is no run directory.
+        ConfigError: its config.json is damaged.
+    """
+    config, record = load_config(run), read_record(run)
+    data = recorded_dataset(record)
+    versions = record.get("versions", {})
+    return {
+        "use": WARNING,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": {name: versions.get(name) for name in ("jaxunet", "jax", "flax")},
+        "commit": record.get("git_commit"),
+        "command": record.get("command"),
+        "encoder": config.model.encoder,
+        "pretrained": record.get("weights"),
+        "image_size": config.data.image_size,
+        "threshold": config.train.threshold,
+        "data": f"{data.get('name')} {data.get('split')}, {data.get('count')} images",
+        "licence": LICENCES[config.data.name][1],
+        "results": _results(run),
+    }
+
+
+def _results(run: Path) -> list[dict[str, Any]]:
+    """Each result in the run's folder: of which data, after how many steps, which scores."""
+    found = []
+    for path in [run / "summary.json", *sorted(run.glob("evaluation-*.json"))]:
+        try:
+            result = json.loads(path.read_bytes())
+            dataset, scores = result["dataset"], result["scores"]["per_image"]
+            found.append(
+                {
+                    "file": path.name,
+                    "data": f"{dataset['name']} {dataset['split']}",
+                    "count": dataset["count"],
+                    "step": result["step"],
+                    "scores": {name: scores[name] for name in ("dice", "iou")},
+                    "intervals": result.get("intervals", {}).get("per_image", {}),
+                }
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not there yet, or of another kind
+    return found
+
+
+def write_card(run: Path) -> Path:
+    """Write `MODEL_CARD.md` into the run directory; for errors see `facts`."""
+    path = run / "MODEL_CARD.md"
+    write_atomically(path, card(facts(run), load_config(run).data.name, run.resolve().name))
+    return path
+
+
+def card(known: dict[str, Any], dataset: str, name: str) -> str:
+    """The card's text.
+
+    Args:
+        known: what `facts` gives.
+        dataset: a key of `LICENCES`.
+        name: of the model.
+    """
+    head = {
+        "license": LICENCES[dataset][0],
+        "library_name": "jaxunet",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["jax", "flax", "unet", "image-segmentation", "dermoscopy"],
+        "model-index": [{"name": name, "results": list(map(_indexed, known["results"]))}],
+    }
+    versions = ", ".join(f"{package} {v}" for package, v in known["versions"].items() if v)
+    start = known["pretrained"] or {}
+    rows = "\n".join(map(_row, known["results"])) or "| none yet | | | | |"
+    # JSON is YAML, too, and quotes whatever a name may hold.
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    return f"""---
+{chr(10).join(lines)}
+---
+
+# {name}
+
+A U-Net that marks skin lesions in dermoscopic pictures: encoder {known["encoder"]}, pictures of
+{known["image_size"]} px, a pixel is lesion above {known["threshold"]}.
+
+**{known["use"]}** Dermoscopy of one kind of camera and of light skin is most of what such data
+show; what it does on other pictures is not known, and nothing here was tested on patients.
+
+## Training
+
+- Data: {known["data"]} ({known["licence"]})
+- Encoder's start: {f"{start['source']} ({start['licence']})" if start else "random weights"}
+- Command: `{known["command"] or "not recorded"}`
+- Versions: {versions or "not recorded"}; commit {known["commit"] or "not recorded"}
+
+## Scores
+
+Means over images, with 95% bootstrap intervals over images, which say nothing of other cameras,
+hospitals or seeds. Validation flatters: the model was chosen on it.
+
+| data | images | step | Dice | IoU |
+|---|---|---|---|---|
+{rows}
+
+## Use
+
+```python
+import jaxunet
+
+mask = jaxunet.load("{name}").predict(image)  # uint8 [height, width, 3] to 0 or 255
+```
+
+Written by [jaxunet](https://pypi.org/project/jaxunet/) on {known["made"]}.
+"""
+
+
+def _indexed(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "task": {"type": "image-segmentation"},
+        "dataset": {"type": result["data"].split()[0], "name": result["data"]},
+        "metrics": [
+            {"type": kind, "name": f"{kind}, mean over images", "value": round(value, 4)}
+            for kind, value in result["scores"].items()
+        ],
+    }
+
+
+def _row(result: dict[str, Any]) -> str:
+    def cell(kind: str) -> str:
+        ends = result["intervals"].get(kind)
+        between = f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
+        return f"{result['scores'][kind]:.4f}{between}"
+
+    first = f"{result['data']} (`{result['file']}`)"
+    return (
+        f"| {first} | {result['count']} | {result['step']} | {cell('dice')} | {cell('iou')} |"
+    )
