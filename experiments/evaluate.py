@@ -1,4 +1,4 @@
-"""Score a run on a split: `python experiments/evaluate.py RUN --split SPLIT`."""
+"""Score a run, or several together, on a split: `python experiments/evaluate.py RUN --split SPLIT`."""
 
 import json
 import sys
@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 import jax
 import numpy as np
 import tyro
-from command_line import file_name, parse, print_scores, run_script
+from command_line import parse, print_scores, run_script
+from model_options import ModelOptions, needs_out
 
 from jaxunet.config import Config, DataConfig
 from jaxunet.config_json import to_dict
@@ -42,7 +43,7 @@ from jaxunet.runs.record import (
 )
 from jaxunet.runs.reporting import drawn, prediction_rows
 
-DESCRIPTION = "Score a run on a split, of its own data or of others."
+DESCRIPTION = "Score a run, or several as an ensemble, on a split of its own data or of others."
 T = TypeVar("T")
 Kept = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 
@@ -68,15 +69,13 @@ class Data(DataConfig):
 
 
 @dataclass(frozen=True)
-class Arguments(tuning.Tuning):
+class Arguments(ModelOptions):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
+    others: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """More of them: an ensemble, whose probabilities are averaged. It needs --out."""
     split: str = "validation"
     """Split to score; TFDS slices such as `test[:100]` work."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoint: the last one, or the best on the validation split."""
-    views: Views = "none"
-    """Average probabilities over a picture's four flips, or its eight turns (d4)."""
     out: Path | None = None
     """Folder to write to (none: the run directory)."""
     parallel: Literal["pmap", "jit"] = "pmap"
@@ -88,6 +87,8 @@ class Arguments(tuning.Tuning):
     them as the challenge does."""
     worst: int = 0
     """Draw so many of the images with the lowest Dice, with both outlines (two dozen, say)."""
+    reliability: bool = False
+    """Draw predicted probability against the share of lesion."""
     zip: bool = False
     """With --native, also pack the masks into OUT/native-SPLIT.zip, ready to submit."""
     data: Data = Data()
@@ -128,7 +129,12 @@ def check_replaces(path: Path, dataset: dict[str, Any]) -> None:
 
 
 def score_originals(
-    model: TrainedModel, strategy: Strategy, pairs: list[Pair], out: Path, config: Config
+    model: TrainedModel,
+    strategy: Strategy,
+    pairs: list[Pair],
+    out: Path,
+    config: Config,
+    clean: bool,
 ) -> Evaluation:
     start = time.perf_counter()
     counts = evaluate_native(
@@ -136,29 +142,25 @@ def score_originals(
         pairs,
         out,
         image_size=config.data.image_size,
-        threshold=config.train.threshold,
+        threshold=model.recipe.threshold,
         batch_size=tuning.eval_batch_size(config.train),
+        clean=clean,
     )
     return Evaluation(counts, None, time.perf_counter() - start)
 
 
 def draw_worst(
-    model: TrainedModel,
-    strategy: Strategy,
+    masks: Masks,
     source: DataSource,
     evaluation: Evaluation,
+    config: Config,
     count: int,
     path: Path,
 ) -> list[Path]:
     """The gallery beside `path`; nothing, and a line on stderr, if it can't be drawn."""
     order = np.argsort(per_image(evaluation.counts)["dice"], kind="stable")
-    rows = prediction_rows(
-        [(int(index), "") for index in order[:count]],
-        compile_probabilities(strategy, model.recipe, model.variables),
-        evaluation.counts,
-        source,
-        model.config,
-    )
+    chosen = [(int(index), "") for index in order[:count]]
+    rows = prediction_rows(chosen, masks, evaluation.counts, source, config)
     picture = path.with_name(f"{path.stem}-worst.png")
     title = f"The {len(rows)} images with the lowest Dice of {len(order)}"
     return drawn(picture, partial(figures.gallery, rows, picture, title))
@@ -169,29 +171,33 @@ def main() -> None:
     if arguments.zip and not arguments.native:
         raise ConfigError("--zip packs the masks that --native writes: add --native.")
     require_at_least("--worst", arguments.worst, 0)
-    if arguments.worst and (arguments.native or arguments.distributed):
+    alone = not arguments.native and not arguments.distributed
+    if arguments.worst and not alone:
         raise ConfigError("--worst draws in one process, at the model's size: leave it out.")
-    tuned = recorded_tuning(arguments.run)
-    tuning.use(arguments, arguments.run, tuned, several=arguments.distributed)
+    if arguments.reliability and arguments.native:
+        raise ConfigError("--reliability is of maps at the model's size: leave out --native.")
+    runs, split = (arguments.run, *arguments.others), arguments.split
+    out = needs_out(runs, arguments.out)
+    arguments.use_tuning(runs, several=arguments.distributed)
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
         distributed.initialize()
-    run, split, out = arguments.run, arguments.split, arguments.out or arguments.run
-    model = load(run, arguments.checkpoint, arguments.views)
+    strategy = make_strategy(arguments.parallel)
+    own = [config_of_main(partial(load_config, run)) for run in runs][0]
+    eval_batch_size = tuning.eval_batch_size(own.train)
+    check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     distributed.on_main(
         lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
     )
-    chosen, on_purpose = choose_data(arguments, model.config.data)
-    config = replace(model.config, data=chosen)
-    eval_batch_size = tuning.eval_batch_size(config.train)
-    check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
-    strategy = make_strategy(arguments.parallel)
+    model = arguments.load(runs, strategy, show_progress=distributed.is_main())
+    chosen, on_purpose = choose_data(arguments, own.data)
+    config = replace(own, data=chosen)
     if arguments.native:
         pairs, dataset = originals(chosen, split)
         ids = [pair.id for pair in pairs]
     else:
-        recorded = None if on_purpose else recorded_fingerprint(run)
+        recorded = None if on_purpose else recorded_fingerprint(runs[0])
         data = distributed.main_first(
             lambda: prepare(chosen, progress=distributed.is_main(), recorded=recorded),
             "preparing the data",
@@ -199,48 +205,63 @@ def main() -> None:
         check_hosts(config, data)
         dataset = describe_split(data, split, chosen.image_size)
         ids = data.ids(split)
-    difference = distributed.on_main(
-        lambda: other_data(run, dataset, chosen), "comparing the data"
-    )
+
+    def changed() -> str | None:
+        return next(filter(None, (other_data(run, dataset, chosen) for run in runs)), None)
+
+    difference = distributed.on_main(changed, "comparing the data")
     if difference and not on_purpose:
         raise DataError(
             f"{difference} What was trained on may now be in {split}. If they are meant, as "
             "other data than the run's, say so with --data.dir."
         )
-    name = file_name(
-        split,
-        native=arguments.native,
-        other=chosen.name if difference else None,
-        best=arguments.checkpoint == "best",
-        views=arguments.views,
-    )
+    other = chosen.name if difference else None
+    name = arguments.file_name(split, native=arguments.native, other=other)
     path = out / f"evaluation-{name}.json"
-    if difference:
-        distributed.on_main(lambda: check_replaces(path, dataset), "checking --out")
+    how = arguments.described(model)
+    distributed.on_main(partial(check_replaces, path, dataset, how, difference), "checking --out")
     if arguments.native:
-        evaluation = score_originals(model, strategy, pairs, out / name, config)
+        evaluation = score_originals(
+            model, strategy, pairs, out / name, config, arguments.clean
+        )
         if arguments.zip:
             masks = [out / name / f"{pair.id}{MASK_SUFFIX}.png" for pair in pairs]
             zip_masks(masks, out / f"{name}.zip")
     else:
         evaluation = evaluate_split(
-            model, strategy, data, split, chosen, show_progress=distributed.is_main()
+            model,
+            strategy,
+            data,
+            split,
+            chosen,
+            clean=arguments.clean,
+            show_progress=distributed.is_main(),
         )
     if not distributed.is_main():
         return
-    tuning.keep(run)
+    tuning.keep(runs[0])
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
-    trained_on = recorded_dataset(read_record(run))
+    trained_on = recorded_dataset(read_record(runs[0]))
     each = path.with_suffix(".csv")
     write_atomically(each, table(ids, evaluation))
-    write_json(path, {**result, "views": arguments.views, "trained_on": trained_on, **made})
+    write_json(path, {**result, **how, "trained_on": trained_on, **made})
     print_scores(result)
     written = [path, each]
     if arguments.worst:
         written += draw_worst(
-            model, strategy, data.source(split), evaluation, arguments.worst, path
+            compile_masks(strategy, model.recipe, model.variables, clean=arguments.clean),
+            data.source(split),
+            evaluation,
+            model.config,
+            arguments.worst,
+            path,
         )
+    if arguments.reliability:
+        picture = path.with_name(f"{path.stem}-reliability.png")
+        title = f"{dataset['name']} {dataset['split']}, {dataset['count']} images"
+        draw = partial(reliability.draw, result["calibration"], picture, title)
+        written += drawn(picture, draw)
     print(f"Written: {', '.join(map(str, written))}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
@@ -27,7 +27,7 @@ from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
 from jaxunet.files import write_atomically
 from jaxunet.inference.prediction import ProbabilitiesFn, predict_each, write_mask
-from jaxunet.learning.metrics import Counts
+from jaxunet.learning.metrics import Counts, count
 from jaxunet.runs.evaluation import describe
 
 LESION_ABOVE = 128
@@ -77,14 +77,6 @@ def read_truth(path: Path | str, contents: bytes | None = None) -> Bool[np.ndarr
         if image.mode not in ("1", "L"):
             raise DataError(f"{label} has mode {image.mode}, but must be greyscale.")
         return np.asarray(image.convert("L")) > LESION_ABOVE
-
-
-def count(
-    prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
-) -> Int[np.ndarray, " 4"]:
-    """True and false positives, false and true negatives: as `metrics.confusion_counts`."""
-    both = np.bincount((2 * truth + prediction).ravel(), minlength=4)
-    return both[[3, 1, 2, 0]]
 
 
 def evaluate_native(

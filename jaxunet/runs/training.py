@@ -35,7 +35,7 @@ from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
 from jaxunet.runs.journal import Journal, Position
-from jaxunet.runs.loading import compile_probabilities
+from jaxunet.runs.loading import compile_masks
 from jaxunet.runs.reporting import write_figures
 from jaxunet.runs.stopping import StopVote, stop_requests
 
@@ -280,7 +280,7 @@ class Trainer:
         write_json(self.run.path / "summary.json", summary)
         pictures = write_figures(
             self.run.path,
-            compile_probabilities(self.own_strategy, self.recipe, host.variables),
+            compile_masks(self.own_strategy, self.recipe, host.variables),
             evaluation.counts,
             self.validation_feed.source,
             self.config,

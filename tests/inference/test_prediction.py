@@ -15,7 +15,6 @@ from jaxunet.errors import DataError, RunError
 from jaxunet.inference.challenge import zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import (
-    clean_up,
     mask_at_size,
     predict_files,
     predict_image,
