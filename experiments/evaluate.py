@@ -1,8 +1,9 @@
-"""Score a run, or several together, on a split: `python experiments/evaluate.py RUN --split SPLIT`."""
+"""Score a run, or several together: `python experiments/evaluate.py RUN --split SPLIT`."""
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,19 +30,13 @@ from jaxunet.files import check_writable, write_atomically, write_json
 from jaxunet.inference.challenge import evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.learning.metrics import per_image
-from jaxunet.learning.views import Views
 from jaxunet.ranges import require_at_least
-from jaxunet.runs import figures
+from jaxunet.runs import figures, reliability
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
-from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
-from jaxunet.runs.record import (
-    other_data,
-    read_record,
-    recorded_dataset,
-    recorded_fingerprint,
-    recorded_tuning,
-)
+from jaxunet.runs.loading import Masks, TrainedModel, compile_masks, compile_probabilities
+from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
 from jaxunet.runs.reporting import drawn, prediction_rows
+from jaxunet.runs.scoring import evaluate_split
 
 DESCRIPTION = "Score a run, or several as an ensemble, on a split of its own data or of others."
 T = TypeVar("T")
@@ -110,22 +105,34 @@ def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool
     return DataConfig(**vars(filled)), on_purpose
 
 
-def check_replaces(path: Path, dataset: dict[str, Any]) -> None:
-    """Scores of one folder of a user's own are not put in place of another's.
+def check_replaces(path: Path, what: str, here: str, read: Callable[[Any], str]) -> None:
+    """Scores of one folder of a user's own, or of some runs, are not put in place of another's.
+
+    Args:
+        what, here: what must be equal, in a word, and what it is now.
+        read: the same, from what is in `path`.
 
     Raises:
-        RunError: `path` holds scores of other data.
+        RunError: `path` holds scores of another one.
     """
     if path.exists():
         try:
-            before = json.loads(path.read_bytes())["dataset"]["fingerprint"]
+            before = read(json.loads(path.read_bytes()))
         except (ValueError, LookupError, TypeError):
             before = "unknown"
-        if before != dataset["fingerprint"]:
+        if before != here:
             raise RunError(
-                f"{path} holds the scores of other data (fingerprint {before}; these have "
-                f"{dataset['fingerprint']}). Move it away, or give --out another folder."
+                f"{path} holds the scores of other {what} ({before}; these are of {here}). "
+                "Move it away, or give --out another folder."
             )
+
+
+def fingerprint_of(result: Any) -> str:
+    return str(result["dataset"]["fingerprint"])
+
+
+def runs_of(result: Any) -> str:
+    return ", ".join(each["run"] for each in result["runs"])
 
 
 def score_originals(
@@ -184,13 +191,13 @@ def main() -> None:
             raise ConfigError("--native runs in one process: leave out --distributed.")
         distributed.initialize()
     strategy = make_strategy(arguments.parallel)
-    own = [config_of_main(partial(load_config, run)) for run in runs][0]
-    eval_batch_size = tuning.eval_batch_size(own.train)
-    check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     distributed.on_main(
         lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
     )
     model = arguments.load(runs, strategy, show_progress=distributed.is_main())
+    own = model.config
+    eval_batch_size = tuning.eval_batch_size(own.train)
+    check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     chosen, on_purpose = choose_data(arguments, own.data)
     config = replace(own, data=chosen)
     if arguments.native:
@@ -219,7 +226,14 @@ def main() -> None:
     name = arguments.file_name(split, native=arguments.native, other=other)
     path = out / f"evaluation-{name}.json"
     how = arguments.described(model)
-    distributed.on_main(partial(check_replaces, path, dataset, how, difference), "checking --out")
+
+    def check_out() -> None:
+        if difference:
+            check_replaces(path, "data", dataset["fingerprint"], fingerprint_of)
+        if arguments.out:
+            check_replaces(path, "runs", runs_of(how), runs_of)
+
+    distributed.on_main(check_out, "checking --out")
     if arguments.native:
         evaluation = score_originals(
             model, strategy, pairs, out / name, config, arguments.clean

@@ -70,7 +70,9 @@ class ModelOptions(tuning.Tuning):
         DATASET where it is not the run's own, and of a slice `_` for its bracket and `.` for
         its colon: `test[:10%]` is `test_.10%`.
         """
-        slices = split.replace(" ", "").translate({ord("["): "_", ord(":"): ".", ord("]"): None})
+        slices = split.replace(" ", "").translate(
+            {ord("["): "_", ord(":"): ".", ord("]"): None}
+        )
         parts = (
             "native" if native else "",
             other,

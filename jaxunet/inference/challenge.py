@@ -27,6 +27,7 @@ from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
 from jaxunet.files import write_atomically
 from jaxunet.inference.prediction import ProbabilitiesFn, predict_each, write_mask
+from jaxunet.learning.clean_up import clean_up
 from jaxunet.learning.metrics import Counts, count
 from jaxunet.runs.evaluation import describe
 
@@ -87,6 +88,7 @@ def evaluate_native(
     image_size: int,
     threshold: float,
     batch_size: int,
+    clean: bool = False,
     progress: bool = True,
 ) -> Counts:
     """Predict every pair at its own size, write its mask into `out`, and count its pixels.
@@ -94,6 +96,9 @@ def evaluate_native(
     True masks are read as `prepare` reads them. The mask of a pair is called after its id, by
     `write_mask`; whatever else `out` holds stays there. Masks come there all together at the
     end: those of a scoring that fails would be taken for its results, or mixed with another's.
+
+    Args:
+        clean: fill holes and keep the largest component (`clean_up`).
 
     Returns:
         [pairs, 4] in the order of `pairs`; see `jaxunet.learning.metrics`.
@@ -113,6 +118,7 @@ def evaluate_native(
         size, mask_size = (mask.shape[0], mask.shape[1]), (truth.shape[0], truth.shape[1])
         if problem := sizes_differ(pair, pair.image.read, size, mask_size):
             raise DataError(problem)
+        mask = clean_up(mask) if clean else mask
         write_mask(Path(unfinished), pair.id, mask)
         return count(mask > LESION_ABOVE, truth > LESION_ABOVE)
 

@@ -21,7 +21,7 @@ TEMPERATURES = (0.05, 20.0)
 """Within these a temperature is looked for: beyond, probabilities are as good as 0 and 1, or
 all alike."""
 
-_WIDTH, _END = 1 / 64, 64.0  # of the cells that logits are counted in; where the last ones begin
+_WIDTH, _END = 1 / 64, 64.0  # of the cells that logits are counted in, and their end
 _CELLS = round(2 * _END / _WIDTH)
 
 LogitTable = Float[np.ndarray, "2 2 cells"]
@@ -89,7 +89,7 @@ def fit_temperature(table: LogitTable) -> float:
     from scipy.optimize import brentq  # late: it takes most of a second
     from scipy.special import expit
 
-    (outside, outside_sum), (lesion, lesion_sum) = table
+    (_, outside_sum), (_, lesion_sum) = table
     means = [np.divide(s, n, out=np.zeros_like(s), where=n > 0) for n, s in table]
 
     def slope(factor: float) -> float:

@@ -87,9 +87,10 @@ def evaluate(
         check_stop: called between batches; may raise to stop.
     """
     start = time.perf_counter()
-    found = list(
-        results(feed, compiled_eval, variables, config, progress=progress, check_stop=check_stop)
+    given = results(
+        feed, compiled_eval, variables, config, progress=progress, check_stop=check_stop
     )
+    found = list(given)
     counts = np.concatenate([each["counts"] for each in found]).astype(np.int64)
     return Evaluation(counts, mean_loss(found), time.perf_counter() - start)
 
@@ -118,7 +119,8 @@ def results(
 
     def fetched() -> dict[str, np.ndarray]:
         nonlocal left
-        host = {name: each[:left] for name, each in feed.strategy.fetch(waiting.popleft()).items()}
+        host = feed.strategy.fetch(waiting.popleft())
+        host = {name: each[:left] for name, each in host.items()}
         left -= len(host["loss"])
         return host
 

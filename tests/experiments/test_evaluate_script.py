@@ -173,22 +173,30 @@ def test_slices_and_checkpoints_have_files_of_their_own(world):
 def test_no_two_scorings_share_a_name(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    import evaluate as script
+    from model_options import ModelOptions
 
     edges = ("", "1", "10", "-10", "10%", "-10%")
     splits = [f"{base}[{a}:{b}]" for base in ("test", "train") for a in edges for b in edges]
     splits += ["test", "train", "train+test", "train[:1]+test", "train+test[:1]", "../test"]
     names = [
-        script.file_name(split, native=native, other=other, best=best, views=views)
+        options.file_name(split, native=native, other=other)
         for split in splits
         for native in (False, True)
         for other in (None, "folder", "isic2018", "synthetic")
-        for best in (False, True)
-        for views in ("none", "flips", "d4")
+        for options in (
+            ModelOptions(),
+            ModelOptions(checkpoint="best"),
+            ModelOptions(views="flips", clean=True),
+            ModelOptions(checkpoint="best", views="d4"),
+            ModelOptions(threshold="auto"),
+            ModelOptions(threshold=0.4),
+            ModelOptions(temperature="auto", clean=True),
+            ModelOptions(temperature=2.0),
+        )
     ]
     assert len(set(names)) == len(names)
     assert not any("/" in name for name in names)
-    assert script.file_name("test", native=True, other=None, best=False) == "native-test"
+    assert ModelOptions().file_name("test", native=True) == "native-test"
 
 
 def test_a_zip_holds_the_masks_of_this_scoring_alone(world):
