@@ -16,11 +16,23 @@ from jaxunet.runs.record import recorded_tuning
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(tuning.Tuning):
-    """How runs are made use of."""
+class RunOptions(tuning.Tuning):
+    """Which weights of runs are made use of."""
 
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint: the last one, or the best on the validation split."""
+
+    def use_tuning(self, runs: Sequence[Path], *, several: bool = False) -> None:
+        """`tuning.use` as the runs began: with equal bits if one of them has them."""
+        began = [recorded_tuning(run) for run in runs]
+        exact = any(each.get("deterministic") is True for each in began)
+        tuning.use(self, runs[0], {**began[0], "deterministic": exact}, several=several)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RunOptions):
+    """How runs are made use of."""
+
     views: Views = "none"
     """Average probabilities over a picture's four flips, or its eight turns (d4)."""
     threshold: float | Auto | None = None
@@ -31,12 +43,6 @@ class ModelOptions(tuning.Tuning):
     cross-entropy on the run's own validation split, kept in the run (1: as they are)."""
     clean: bool = False
     """Fill holes of masks and keep the largest region only."""
-
-    def use_tuning(self, runs: Sequence[Path], *, several: bool = False) -> None:
-        """`tuning.use` as the runs began: with equal bits if one of them has them."""
-        began = [recorded_tuning(run) for run in runs]
-        exact = any(each.get("deterministic") is True for each in began)
-        tuning.use(self, runs[0], {**began[0], "deterministic": exact}, several=several)
 
     def load(
         self, runs: Path | Sequence[Path], strategy: Strategy, *, show_progress: bool = True

@@ -25,7 +25,7 @@ _WIDTH, _END = 1 / 64, 64.0  # of the cells that logits are counted in, and thei
 _CELLS = round(2 * _END / _WIDTH)
 
 LogitTable = Float[np.ndarray, "2 2 cells"]
-ThresholdTable = Int[np.ndarray, "images thresholds 2"]
+ThresholdTable = Int[np.ndarray, "images levels 2"]
 
 
 def reliability(probabilities: Maps, truth: Truth) -> Bins:
@@ -55,7 +55,7 @@ def calibration_error(bins: Float[np.ndarray, "... bins 3"]) -> Float[np.ndarray
     `BinaryCalibrationError`).
     """
     pixels, probability, lesion = np.moveaxis(bins, -1, 0)
-    return np.abs(probability - lesion).sum(-1) / pixels.sum(-1)
+    return np.asarray(np.abs(probability - lesion).sum(-1) / pixels.sum(-1))
 
 
 def cross_entropy(
