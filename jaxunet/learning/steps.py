@@ -32,6 +32,8 @@ AXIS = "data"
 
 Batch = dict[str, UInt8[Array, "batch ..."]]
 Variables = Mapping[str, Any]
+AllVariables = Variables | tuple[Variables, ...]
+"""Of one network, or of each of an ensemble."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -250,7 +252,7 @@ def _sum_over_parts(
     return loss, grads, batch_stats
 
 
-def eval_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, Array]:
+def eval_step(recipe: Recipe, variables: AllVariables, batch: Batch) -> dict[str, Array]:
     """Per-example results of one global batch, gathered on every device.
 
     Returns:
@@ -261,7 +263,7 @@ def eval_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, A
     return jax.lax.all_gather(results, AXIS, tiled=True)
 
 
-def maps_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, Array]:
+def maps_step(recipe: Recipe, variables: AllVariables, batch: Batch) -> dict[str, Array]:
     """As `eval_step`, with the maps that its results are of.
 
     Returns:
@@ -275,7 +277,7 @@ def maps_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, A
 
 
 def _scored(
-    recipe: Recipe, variables: Variables, batch: Batch
+    recipe: Recipe, variables: AllVariables, batch: Batch
 ) -> tuple[dict[str, Array], Float[Array, "..."], Bool[Array, "..."]]:
     """Counts and loss of each example of the shard, its logits and its true mask."""
     logits, truth = _logits(recipe, variables, batch["image"]), batch["mask"] > 0
@@ -287,7 +289,7 @@ def _scored(
 
 
 def predict_step(
-    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
+    recipe: Recipe, variables: AllVariables, images: UInt8[Array, "batch height width 3"]
 ) -> Float[Array, "batch height width 1"]:
     """Probability of lesion for each pixel of each image of the shard.
 
@@ -298,7 +300,7 @@ def predict_step(
 
 
 def _logits(
-    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
+    recipe: Recipe, variables: AllVariables, images: UInt8[Array, "batch height width 3"]
 ) -> Float[Array, "batch height width 1"]:
     """Logits for every pixel, of all networks and views together, over the temperature."""
     models = (recipe.model, *recipe.others)
