@@ -140,6 +140,8 @@ def tempered(threshold: float, temperature: float) -> float:
 
     A temperature changes no order: what exceeds the one without it exceeds the other with it.
     """
+    if temperature == 1:
+        return threshold
     odds = np.log(threshold) - np.log1p(-threshold)
     return float(1 / (1 + np.exp(-odds / temperature)))
 

@@ -7,6 +7,7 @@ tensorboard/     the same as event files
 checkpoints/     see `jaxunet.runs.checkpoint`
 figures/         curves.png, predictions.png
 summary.json     final scores, by protocol
+calibration.json the threshold and temperature that serve best, once they were asked for
 tuning/          on a GPU, the algorithms that its steps were compiled with
 """
 

@@ -332,17 +332,18 @@ def test_a_difference_is_that_of_both_scorings_and_a_picture_in_the_way_costs_no
     settings = dataclasses.replace(config.train, seed=1, threshold=0.6)
     other = dataclasses.replace(config, train=settings)
     train(other, prepare(other.data, progress=False), tmp_path / "b", show_progress=False)
-    (tmp_path / "out" / "comparison-b-test-best.png").mkdir(parents=True)
-    words = ("--split", "test", "--checkpoint", "best", "--out", tmp_path / "out")
+    (tmp_path / "out" / "comparison-b-test-best-clean.png").mkdir(parents=True)
+    words = ("--split", "test", "--checkpoint", "best", "--clean", "--out", tmp_path / "out")
     status, output = run(["compare.py", world / "run", tmp_path / "b", *words])
     assert status == 0, output
     assert "is not drawn" in output
-    found = json.loads((tmp_path / "out" / "comparison-b-test-best.json").read_text())
+    found = json.loads((tmp_path / "out" / "comparison-b-test-best-clean.json").read_text())
     dice = []
     for each in (world / "run", tmp_path / "b"):
-        status, output = run(["evaluate.py", each, *words[:4], "--out", tmp_path / each.name])
+        status, output = run(["evaluate.py", each, *words[:5], "--out", tmp_path / each.name])
         assert status == 0, output
-        scores = json.loads((tmp_path / each.name / "evaluation-test-best.json").read_text())
+        found_in = tmp_path / each.name / "evaluation-test-best-clean.json"
+        scores = json.loads(found_in.read_text())
         dice.append(scores["scores"]["per_image"]["dice"])
     assert found["scores"]["dice"]["difference"] == pytest.approx(dice[0] - dice[1])
     assert dice[0] != dice[1]

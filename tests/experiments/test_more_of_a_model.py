@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from bad_input.ground import run
@@ -12,17 +14,41 @@ from PIL import Image
 from scipy.special import expit, logit
 
 import jaxunet
-from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.config_json import to_dict
 from jaxunet.data import prepare
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.learning.clean_up import clean_up
+from jaxunet.learning.steps import init_state, make_recipe, state_from_variables
 from jaxunet.runs.calibration import FILE
-from jaxunet.runs.training import train
+from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.evaluation import describe_split
+from jaxunet.runs.journal import Position
 
 
-def made(place: Path, name: str, config: Config) -> Path:
-    train(config, prepare(config.data, progress=False), place / name, show_progress=False)
-    return place / name
+def made(run: Path, config: Config, seed: int) -> None:
+    """A run with weights out of a hat, at step 12."""
+    recipe, rng = make_recipe(config), np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "var" in name or "scale" in name:
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        scale = 2.5 / np.sqrt(np.prod(leaf.shape[:-1])) if "kernel" in name else 0.2
+        return rng.normal(0, scale, leaf.shape).astype(np.float32)
+
+    like = jax.eval_shape(partial(init_state, recipe)).variables
+    variables = jax.tree_util.tree_map_with_path(drawn, like)
+    state = jax.tree.map(np.asarray, state_from_variables(recipe, variables))
+    dataset = describe_split(prepare(config.data, progress=False), "train", 16)
+    with RunDirectory(run, config, resume=False) as directory:
+        checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric)
+        progress = {**vars(Position()), "config": to_dict(config)}
+        checkpoints.save(state.replace(step=np.int32(12)), progress)
+        checkpoints.wait()
+        checkpoints.close()
+        directory.write_config(dataset)
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +58,17 @@ def sound(tmp_path_factory):
     config = Config(
         data=DataConfig(
             prepared_dir=place / "prepared",
-            synthetic_train=32,
+            synthetic_train=8,
             synthetic_validation=9,
             image_size=16,
             stored_size=16,
         ),
         model=ModelConfig(width=3, depth=2),
-        optimizer=OptimizerConfig(learning_rate=3e-2),
-        train=TrainConfig(epochs=3, batch_size=8, eval_batch_size=8),
+        train=TrainConfig(batch_size=8, eval_batch_size=8),
     )
-    made(place, "a", config)
+    made(place / "a", config, 2)
     other = ModelConfig(width=2, depth=2, norm="batch")
-    made(place, "b", dataclasses.replace(config, model=other))
+    made(place / "b", dataclasses.replace(config, model=other), 5)
     return place, config
 
 
@@ -231,18 +256,8 @@ def test_gains_are_differences_image_by_image(world, pictures, maps):
     entropy = ways["temperature auto"]["scores"]["cross_entropy"]
     assert entropy["difference"] < 0
     lesion = truth[..., 0] > 0
-    exact = -np.log(np.where(lesion, maps[0], 1 - maps[0].astype(float))).mean()
-    assert entropy["second"] == pytest.approx(exact, rel=1e-4)
+    right = np.where(lesion, maps[0], 1 - maps[0].astype(float))
+    exact = -np.log(np.maximum(right, 1e-8)).mean()  # some are as good as 0 in float32
+    assert entropy["second"] == pytest.approx(exact, rel=1e-2)
     assert "these same pictures" in output
     assert "these same pictures" in found["note"]
-
-
-def test_runs_are_compared_as_the_options_have_them(world, pictures, maps):
-    words = ["compare.py", world / "a", world / "b", "--threshold", "0.4", "--clean"]
-    scripted([*words, "--pictures", 1])
-    found = json.loads(
-        (world / "a" / "comparison-b-validation-threshold-0.4-clean.json").read_text()
-    )
-    one, other = (dice_of(m, 0.4, pictures[1], clean=True) for m in maps[:2])
-    assert found["scores"]["dice"]["difference"] == pytest.approx((one - other).mean())
-    assert found["models"][1]["threshold"] == 0.4
