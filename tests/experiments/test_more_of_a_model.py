@@ -258,6 +258,6 @@ def test_gains_are_differences_image_by_image(world, pictures, maps):
     lesion = truth[..., 0] > 0
     right = np.where(lesion, maps[0], 1 - maps[0].astype(float))
     exact = -np.log(np.maximum(right, 1e-8)).mean()  # some are as good as 0 in float32
-    assert entropy["second"] == pytest.approx(exact, rel=1e-2)
+    assert exact <= entropy["second"] < 1.03 * exact
     assert "these same pictures" in output
     assert "these same pictures" in found["note"]
