@@ -272,8 +272,10 @@ class Trainer:
             wall_seconds=seconds,
             images_per_second=len(self.train_feed) * train.epochs / seconds,
         )
-        best = self.checkpoints.step_of("best")
-        summary["best"] = {"metric": train.best_metric, "step": best}
+        summary["best"] = {
+            "metric": train.best_metric,
+            "step": self.checkpoints.step_of("best"),
+        }
         host = self.strategy.fetch(self.state)
         if not is_main():
             return Outcome(host, summary, [])

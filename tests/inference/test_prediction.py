@@ -20,6 +20,7 @@ from jaxunet.inference.prediction import (
     predict_image,
     probabilities_at_size,
 )
+from jaxunet.learning.clean_up import clean_up
 
 NAME_MAX = 255  # bytes of a file name on Linux and macOS
 SETTINGS = {"image_size": 16, "threshold": 0.5, "batch_size": 4}
