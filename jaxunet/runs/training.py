@@ -115,9 +115,8 @@ class Trainer:
                 outputs="replicated",
                 donate=True,
             )
-            self.eval_step = self.validation_feed.compile(
-                partial(eval_step, self.recipe), outputs="replicated"
-            )
+            evaluated = partial(eval_step, self.recipe)
+            self.eval_step = self.validation_feed.compile(evaluated, outputs="replicated")
             self._compilation = Compilation(
                 "the train and eval steps",
                 lambda: self.train_feed.lower(
@@ -272,10 +271,8 @@ class Trainer:
             wall_seconds=seconds,
             images_per_second=len(self.train_feed) * train.epochs / seconds,
         )
-        summary["best"] = {
-            "metric": train.best_metric,
-            "step": self.checkpoints.step_of("best"),
-        }
+        best = self.checkpoints.step_of("best")
+        summary["best"] = {"metric": train.best_metric, "step": best}
         host = self.strategy.fetch(self.state)
         if not is_main():
             return Outcome(host, summary, [])
