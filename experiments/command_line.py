@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import tyro
 from PIL import Image
@@ -26,7 +25,6 @@ from jaxunet.config import Config
 from jaxunet.devices import distributed
 from jaxunet.devices.startup import device_error, start
 from jaxunet.errors import ConfigError, JaxUNetError, Stopped
-from jaxunet.learning.views import Views
 
 T = TypeVar("T")
 
@@ -106,26 +104,6 @@ def preset(name: str) -> Config:
     return PRESETS[name]()
 
 
-def file_name(
-    split: str,
-    *,
-    native: bool = False,
-    other: str | None = None,
-    best: bool = False,
-    views: Views = "none",
-) -> str:
-    """What the results are called: another name for all that may give other scores.
-
-    `[native-][DATASET-]SPLIT[-best][-VIEWS]`, with DATASET where it is not the run's own, and
-    of a slice `_` for its bracket and `.` for its colon: `test[:10%]` is `test_.10%`.
-    """
-    slices = split.replace(" ", "").translate({ord("["): "_", ord(":"): ".", ord("]"): None})
-    seen = "" if views == "none" else views
-    which = "best" if best else ""
-    parts = ("native" if native else "", other, quote(slices, "%+"), which, seen)
-    return "-".join(filter(None, parts))
-
-
 def print_scores(result: dict[str, Any]) -> None:
     """A table of every score and its interval, headed by what was scored."""
     dataset = result["dataset"]
@@ -149,6 +127,10 @@ def print_scores(result: dict[str, Any]) -> None:
         ranges = (between.get(name, ()) for name in names)
         table.add_row("  95%", *("-".join(f"{end:.3f}" for end in ends) for ends in ranges))
     Console(width=max(100, Console().width)).print(table)
+    if found := result.get("calibration"):
+        low, high = found["interval"]
+        error = found["expected_calibration_error"]
+        print(f"expected calibration error {error:.4f} (95% {low:.4f} to {high:.4f})")
 
 
 def _unraisable(unraisable: Any) -> None:

@@ -5,17 +5,16 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import tyro
-from command_line import file_name, parse, run_script
+from command_line import parse, run_script
+from model_options import ModelOptions
 from rich.console import Console
 from rich.table import Table
 
-from jaxunet.data import prepare
-from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import DataError, RunError
@@ -23,27 +22,27 @@ from jaxunet.files import check_writable, write_json
 from jaxunet.inference import comparison
 from jaxunet.provenance import disagreement
 from jaxunet.ranges import require_at_least
-from jaxunet.runs.evaluation import Evaluation, describe_split
-from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
-from jaxunet.runs.record import load_config, other_data, recorded_fingerprint, recorded_tuning
+from jaxunet.runs.evaluation import Evaluation
+from jaxunet.runs.loading import compile_masks
+from jaxunet.runs.own_data import own_split
+from jaxunet.runs.record import load_config
 from jaxunet.runs.reporting import drawn, prediction_rows
+from jaxunet.runs.scoring import evaluate_split
 
 OF_THE_IMAGES = ("name", "fingerprint", "count")
 """What of a dataset's description is equal if its images are."""
 
 
 @dataclass(frozen=True)
-class Arguments(tuning.Tuning):
+class Arguments(ModelOptions):
     first: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     second: Annotated[Path, tyro.conf.Positional]
     """Another one, of the same data."""
     split: str = "validation"
     """Split to score both on; TFDS slices such as `test[:100]` work."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoints: the last ones, or the best on the validation split."""
     out: Path | None = None
-    """Folder for comparison-SECOND-SPLIT[-best].json and .png (none: the first run's)."""
+    """Folder for comparison-SECOND-SPLIT.json and .png (none: the first run's)."""
     pictures: int = 6
     """How many of the images that differ most to draw."""
 
@@ -54,26 +53,27 @@ class Arguments(tuning.Tuning):
 class Scored:
     """A run's model, and how it scored on a split."""
 
-    def __init__(self, run: Path, split: str, checkpoint: Literal["latest", "best"]):
-        self.model: TrainedModel = load(run, checkpoint)
+    def __init__(self, run: Path, options: Arguments):
+        self.strategy, self.split = make_strategy("pmap"), options.split
+        self.model, self.clean = options.load(run, self.strategy), options.clean
         config = self.model.config.data
-        data = prepare(config, recorded=recorded_fingerprint(run))
-        self.dataset, self.ids = describe_split(data, split, config.image_size), data.ids(split)
-        if changed := other_data(run, self.dataset, config):
-            raise DataError(f"{changed} Scores of data that changed do not compare.")
-        self.source, self.strategy = data.source(split), make_strategy("pmap")
-        self.evaluation: Evaluation = evaluate_split(
-            self.model, self.strategy, data, split, config
+        data, self.dataset = own_split(
+            self.model, self.split, advice="Scores of data that changed do not compare."
         )
-        self.evaluation.require_finite(self.model.step, f"{config.name} {split}")
+        self.ids, self.source = data.ids(self.split), data.source(self.split)
+        self.evaluation: Evaluation = evaluate_split(
+            self.model, self.strategy, data, self.split, config, clean=self.clean
+        )
+        self.evaluation.require_finite(self.model.step, f"{config.name} {self.split}")
 
     def rows(self, chosen: list[int]) -> list[Any]:
+        model = self.model
         return prediction_rows(
             [(index, "") for index in chosen],
-            compile_probabilities(self.strategy, self.model.recipe, self.model.variables),
+            compile_masks(self.strategy, model.recipe, model.variables, clean=self.clean),
             self.evaluation.counts,
             self.source,
-            self.model.config,
+            model.config,
         )
 
 
@@ -130,15 +130,12 @@ def main() -> None:
     out = arguments.out or first
     for run in (first, second):
         load_config(run)
-    best = file_name(split, best=arguments.checkpoint == "best")
-    path = out / f"comparison-{second.resolve().name}-{best}.json"
+    path = out / f"comparison-{second.resolve().name}-{arguments.file_name(split)}.json"
     runs = [str(run.resolve()) for run in (first, second)]
     check_replaces(path, runs)
     check_writable(out, "--out" if arguments.out else "RUN_A")
-    began = [recorded_tuning(run) for run in (first, second)]
-    exact = any(each.get("deterministic") is True for each in began)
-    tuning.use(arguments, first, {**began[0], "deterministic": exact})
-    one, other = (Scored(run, split, arguments.checkpoint) for run in (first, second))
+    arguments.use_tuning((first, second))
+    one, other = (Scored(run, arguments) for run in (first, second))
     check_same(one, other, (first, second))
     counts = one.evaluation.counts, other.evaluation.counts
     found = comparison.compare(*counts)
@@ -150,6 +147,7 @@ def main() -> None:
             "checkpoint": arguments.checkpoint,
             "datasets": [each.dataset for each in (one, other)],
             "steps": [each.model.step for each in (one, other)],
+            "models": [arguments.described(each.model) for each in (one, other)],
             "scores": found,
             "most_different": [one.ids[index] for index in chosen],
             "command": command_line(),

@@ -1,8 +1,9 @@
-"""Score a run on a split: `python experiments/evaluate.py RUN --split SPLIT`."""
+"""Score a run, or several together: `python experiments/evaluate.py RUN --split SPLIT`."""
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 import jax
 import numpy as np
 import tyro
-from command_line import file_name, parse, print_scores, run_script
+from command_line import parse, print_scores, run_script
+from model_options import ModelOptions, needs_out
 
 from jaxunet.bench import flops
 from jaxunet.config import Config, DataConfig
@@ -29,21 +31,15 @@ from jaxunet.files import check_writable, write_atomically, write_json
 from jaxunet.inference.challenge import TOLERANCE, evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.learning.metrics import per_image
-from jaxunet.learning.views import Views
 from jaxunet.ranges import require_at_least
-from jaxunet.runs import figures
+from jaxunet.runs import figures, reliability
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
-from jaxunet.runs.loading import TrainedModel, compile_probabilities, evaluate_split, load
-from jaxunet.runs.record import (
-    other_data,
-    read_record,
-    recorded_dataset,
-    recorded_fingerprint,
-    recorded_tuning,
-)
+from jaxunet.runs.loading import Masks, TrainedModel, compile_masks, compile_probabilities
+from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
 from jaxunet.runs.reporting import drawn, prediction_rows
+from jaxunet.runs.scoring import evaluate_split
 
-DESCRIPTION = "Score a run on a split, of its own data or of others."
+DESCRIPTION = "Score a run, or several as an ensemble, on a split of its own data or of others."
 T = TypeVar("T")
 Kept = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 
@@ -69,15 +65,13 @@ class Data(DataConfig):
 
 
 @dataclass(frozen=True)
-class Arguments(tuning.Tuning):
+class Arguments(ModelOptions):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
+    others: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """More of them: an ensemble, whose probabilities are averaged. It needs --out."""
     split: str = "validation"
     """Split to score; TFDS slices such as `test[:100]` work."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoint: the last one, or the best on the validation split."""
-    views: Views = "none"
-    """Average probabilities over a picture's four flips, or its eight turns (d4)."""
     out: Path | None = None
     """Folder to write to (none: the run directory)."""
     parallel: Literal["pmap", "jit"] = "pmap"
@@ -92,6 +86,8 @@ class Arguments(tuning.Tuning):
     distance, in pixels of each picture's own size."""
     worst: int = 0
     """Draw so many of the images with the lowest Dice, with both outlines (two dozen, say)."""
+    reliability: bool = False
+    """Draw predicted probability against the share of lesion."""
     zip: bool = False
     """With --native, also pack the masks into OUT/native-SPLIT.zip, ready to submit."""
     data: Data = Data()
@@ -113,22 +109,34 @@ def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool
     return DataConfig(**vars(filled)), on_purpose
 
 
-def check_replaces(path: Path, dataset: dict[str, Any]) -> None:
-    """Scores of one folder of a user's own are not put in place of another's.
+def check_replaces(path: Path, what: str, here: str, read: Callable[[Any], str]) -> None:
+    """Scores of one folder of a user's own, or of some runs, are not put in place of another's.
+
+    Args:
+        what, here: what must be equal, in a word, and what it is now.
+        read: the same, from what is in `path`.
 
     Raises:
-        RunError: `path` holds scores of other data.
+        RunError: `path` holds scores of another one.
     """
     if path.exists():
         try:
-            before = json.loads(path.read_bytes())["dataset"]["fingerprint"]
+            before = read(json.loads(path.read_bytes()))
         except (ValueError, LookupError, TypeError):
             before = "unknown"
-        if before != dataset["fingerprint"]:
+        if before != here:
             raise RunError(
-                f"{path} holds the scores of other data (fingerprint {before}; these have "
-                f"{dataset['fingerprint']}). Move it away, or give --out another folder."
+                f"{path} holds the scores of other {what} ({before}; these are of {here}). "
+                "Move it away, or give --out another folder."
             )
+
+
+def fingerprint_of(result: Any) -> str:
+    return str(result["dataset"]["fingerprint"])
+
+
+def runs_of(result: Any) -> str:
+    return ", ".join(each["run"] for each in result["runs"])
 
 
 def score_originals(
@@ -138,6 +146,7 @@ def score_originals(
     out: Path,
     config: Config,
     tolerance: float,
+    clean: bool,
 ) -> Evaluation:
     start = time.perf_counter()
     counts, boundary = evaluate_native(
@@ -145,30 +154,26 @@ def score_originals(
         pairs,
         out,
         image_size=config.data.image_size,
-        threshold=config.train.threshold,
+        threshold=model.recipe.threshold,
         batch_size=tuning.eval_batch_size(config.train),
         tolerance=tolerance,
+        clean=clean,
     )
     return Evaluation(counts, None, time.perf_counter() - start, boundary)
 
 
 def draw_worst(
-    model: TrainedModel,
-    strategy: Strategy,
+    masks: Masks,
     source: DataSource,
     evaluation: Evaluation,
+    config: Config,
     count: int,
     path: Path,
 ) -> list[Path]:
     """The gallery beside `path`; nothing, and a line on stderr, if it can't be drawn."""
     order = np.argsort(per_image(evaluation.counts)["dice"], kind="stable")
-    rows = prediction_rows(
-        [(int(index), "") for index in order[:count]],
-        compile_probabilities(strategy, model.recipe, model.variables),
-        evaluation.counts,
-        source,
-        model.config,
-    )
+    chosen = [(int(index), "") for index in order[:count]]
+    rows = prediction_rows(chosen, masks, evaluation.counts, source, config)
     picture = path.with_name(f"{path.stem}-worst.png")
     title = f"The {len(rows)} images with the lowest Dice of {len(order)}"
     return drawn(picture, partial(figures.gallery, rows, picture, title))
@@ -184,29 +189,33 @@ def main() -> None:
         )
     require_at_least("--worst", arguments.worst, 0)
     require_at_least("--tolerance", arguments.tolerance, 0)
-    if arguments.worst and (arguments.native or arguments.distributed):
+    alone = not arguments.native and not arguments.distributed
+    if arguments.worst and not alone:
         raise ConfigError("--worst draws in one process, at the model's size: leave it out.")
-    tuned = recorded_tuning(arguments.run)
-    tuning.use(arguments, arguments.run, tuned, several=arguments.distributed)
+    if arguments.reliability and arguments.native:
+        raise ConfigError("--reliability is of maps at the model's size: leave out --native.")
+    runs, split = (arguments.run, *arguments.others), arguments.split
+    out = needs_out(runs, arguments.out)
+    arguments.use_tuning(runs, several=arguments.distributed)
     if arguments.distributed:
         if arguments.native:
             raise ConfigError("--native runs in one process: leave out --distributed.")
         distributed.initialize()
-    run, split, out = arguments.run, arguments.split, arguments.out or arguments.run
-    model = load(run, arguments.checkpoint, arguments.views)
+    strategy = make_strategy(arguments.parallel)
     distributed.on_main(
         lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
     )
-    chosen, on_purpose = choose_data(arguments, model.config.data)
-    config = replace(model.config, data=chosen)
-    eval_batch_size = tuning.eval_batch_size(config.train)
+    model = arguments.load(runs, strategy, show_progress=distributed.is_main())
+    own = model.config
+    eval_batch_size = tuning.eval_batch_size(own.train)
     check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
-    strategy = make_strategy(arguments.parallel)
+    chosen, on_purpose = choose_data(arguments, own.data)
+    config = replace(own, data=chosen)
     if arguments.native:
         pairs, dataset = originals(chosen, split)
         ids = [pair.id for pair in pairs]
     else:
-        recorded = None if on_purpose else recorded_fingerprint(run)
+        recorded = None if on_purpose else recorded_fingerprint(runs[0])
         data = distributed.main_first(
             lambda: prepare(chosen, progress=distributed.is_main(), recorded=recorded),
             "preparing the data",
@@ -214,54 +223,76 @@ def main() -> None:
         check_hosts(config, data)
         dataset = describe_split(data, split, chosen.image_size)
         ids = data.ids(split)
-    difference = distributed.on_main(
-        lambda: other_data(run, dataset, chosen), "comparing the data"
-    )
+
+    def changed() -> str | None:
+        return next(filter(None, (other_data(run, dataset, chosen) for run in runs)), None)
+
+    difference = distributed.on_main(changed, "comparing the data")
     if difference and not on_purpose:
         raise DataError(
             f"{difference} What was trained on may now be in {split}. If they are meant, as "
             "other data than the run's, say so with --data.dir."
         )
-    name = file_name(
-        split,
-        native=arguments.native,
-        other=chosen.name if difference else None,
-        best=arguments.checkpoint == "best",
-        views=arguments.views,
-    )
+    other = chosen.name if difference else None
+    name = arguments.file_name(split, native=arguments.native, other=other)
     path = out / f"evaluation-{name}.json"
-    if difference:
-        distributed.on_main(lambda: check_replaces(path, dataset), "checking --out")
+    how = arguments.described(model)
+
+    def check_out() -> None:
+        if difference:
+            check_replaces(path, "data", dataset["fingerprint"], fingerprint_of)
+        if arguments.out:
+            check_replaces(path, "runs", runs_of(how), runs_of)
+
+    distributed.on_main(check_out, "checking --out")
     if arguments.native:
         evaluation = score_originals(
-            model, strategy, pairs, out / name, config, arguments.tolerance
+            *(model, strategy, pairs, out / name, config),
+            tolerance=arguments.tolerance,
+            clean=arguments.clean,
         )
         if arguments.zip:
             masks = [out / name / f"{pair.id}{MASK_SUFFIX}.png" for pair in pairs]
             zip_masks(masks, out / f"{name}.zip")
     else:
         evaluation = evaluate_split(
-            model, strategy, data, split, chosen, show_progress=distributed.is_main()
+            model,
+            strategy,
+            data,
+            split,
+            chosen,
+            clean=arguments.clean,
+            show_progress=distributed.is_main(),
         )
     if not distributed.is_main():
         return
-    tuning.keep(run)
+    tuning.keep(runs[0])
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
     made["model"] = size = flops.size(config.model, config.data.image_size)
     if arguments.native:
         made["tolerance"] = arguments.tolerance
-    trained_on = recorded_dataset(read_record(run))
+    trained_on = recorded_dataset(read_record(runs[0]))
     each = path.with_suffix(".csv")
     write_atomically(each, table(ids, evaluation))
-    write_json(path, {**result, "views": arguments.views, "trained_on": trained_on, **made})
+    write_json(path, {**result, **how, "trained_on": trained_on, **made})
     print_scores(result)
     print(f"{size['parameters']:,} parameters, {size['gflops']:.4g} GFLOPs an image")
     written = [path, each]
     if arguments.worst:
         written += draw_worst(
-            model, strategy, data.source(split), evaluation, arguments.worst, path
+            compile_masks(strategy, model.recipe, model.variables, clean=arguments.clean),
+            data.source(split),
+            evaluation,
+            model.config,
+            arguments.worst,
+            path,
         )
+    if arguments.reliability:
+        picture = path.with_name(f"{path.stem}-reliability.png")
+        title = f"{dataset['name']} {dataset['split']}, {dataset['count']} images"
+        draw = partial(reliability.draw, result["calibration"], picture, title)
+        written += drawn(picture, draw)
     print(f"Written: {', '.join(map(str, written))}")
 
 

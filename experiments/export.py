@@ -3,20 +3,23 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
+import jax
 import tyro
 from command_line import parse, run_script
+from model_options import ModelOptions
 
+from jaxunet.devices.strategies import make_strategy
+from jaxunet.errors import ConfigError
 from jaxunet.export.files import Format, export
-from jaxunet.learning.views import Views
 from jaxunet.runs.model_card import write_card
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ModelOptions):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py or import_pytorch.py."""
     format: Format
@@ -28,21 +31,19 @@ class Arguments:
     native: bool = False
     """ONNX only: one picture of any size, uint8 `[height, width, 3]`, and the probability at
     that size; resized both ways inside, as predict.py does."""
-    views: Views = "none"
-    """Average over turned views of the picture, as in evaluate.py; it takes as many times as
-    long."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoint: the last one, or the best on the validation split."""
 
 
 def main() -> None:
     arguments = parse(Arguments, "Export a run's model, with what comes before and after it.")
+    if arguments.clean:
+        raise ConfigError(
+            "--clean is no part of a network: it looks for regions of the finished mask. Leave "
+            "it out, and clean masks up after it."
+        )
     said = export(
-        arguments.run,
+        lambda: arguments.load(arguments.run, make_strategy("jit", jax.local_devices()[:1])),
         arguments.out,
         arguments.format,
-        which=arguments.checkpoint,
-        views=arguments.views,
         native=arguments.native,
     )
     card = write_card(arguments.run)

@@ -3,43 +3,38 @@
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
 import tyro
 from command_line import parse, run_script
+from model_options import ModelOptions
 
 from jaxunet.data.images import read_image
-from jaxunet.devices import tuning
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import predict_files
-from jaxunet.learning.views import Views
 from jaxunet.ranges import require_at_least
-from jaxunet.runs.loading import compile_probabilities, load
-from jaxunet.runs.record import load_config, recorded_tuning
+from jaxunet.runs.loading import check_together, compile_probabilities
+from jaxunet.runs.record import load_config
 
 
 @dataclass(frozen=True)
-class Arguments(tuning.Tuning):
+class Arguments(ModelOptions):
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of experiments/train.py."""
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures, and folders of pictures."""
+    """Pictures, and folders of pictures. Run directories before them make an ensemble with
+    RUN, whose probabilities are averaged."""
     out: Path
     """Folder to write `<name>_segmentation.png` to, at each picture's own size."""
     overlay: bool = False
     """Also write `<name>_overlay.png`: the picture with the lesion's outline."""
-    clean: bool = False
-    """Fill holes and keep the largest region only."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoint: the last one, or the best on the validation split."""
-    views: Views = "none"
-    """Average probabilities over a picture's four flips, or its eight turns (d4)."""
     recursive: bool = False
     """Take the pictures of folders below folders too, and keep that structure under --out."""
     probabilities: bool = False
@@ -49,6 +44,12 @@ class Arguments(tuning.Tuning):
 
     def __post_init__(self) -> None:
         require_at_least("--batch-size", self.batch_size, 1)
+
+
+def part(run: Path, inputs: tuple[Path, ...]) -> tuple[list[Path], list[Path]]:
+    """The runs and the pictures: a leading folder that holds a config.json is a run."""
+    more = list(takewhile(lambda path: (path / "config.json").is_file(), inputs))
+    return [run, *more], list(inputs[len(more) :])
 
 
 def listed(paths: list[Path]) -> str:
@@ -62,11 +63,14 @@ def main() -> int:
     suffixes = [MASK_SUFFIX]
     suffixes += [OVERLAY_SUFFIX] * arguments.overlay
     suffixes += [PROBABILITY_SUFFIX] * arguments.probabilities
+    runs, inputs = part(arguments.run, arguments.inputs)
     # Whatever is wrong with RUN, inputs or --out is said before the model is loaded.
-    load_config(arguments.run)
-    tuning.use(arguments, arguments.run, recorded_tuning(arguments.run))
+    check_together(runs, list(map(load_config, runs)))
+    arguments.use_tuning(runs)
+    if len(runs) > 1:
+        print(f"an ensemble of {len(runs)} runs: {', '.join(map(str, runs))}")
     found = plan(
-        list(arguments.inputs),
+        inputs,
         arguments.out,
         suffixes=tuple(suffixes),
         recursive=arguments.recursive,
@@ -76,14 +80,14 @@ def main() -> int:
         print(f"passed over, no kind of image read here: {listed(found.others)}")
     if found.results:
         print(f"passed over, results or hidden by their names: {listed(found.results)}")
-    model = load(arguments.run, arguments.checkpoint, arguments.views)
     strategy = make_strategy("pmap")
+    model = arguments.load(runs, strategy)
     devices = jax.device_count()
     report = predict_files(
         compile_probabilities(strategy, model.recipe, model.variables),
         found.pictures,
         image_size=model.config.data.image_size,
-        threshold=model.config.train.threshold,
+        threshold=model.recipe.threshold,
         batch_size=-(-arguments.batch_size // devices) * devices,
         overlay=arguments.overlay,
         probabilities=arguments.probabilities,

@@ -1,6 +1,7 @@
 """A run's model written as a file."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -9,31 +10,24 @@ from jaxunet.devices.environment import version_of
 from jaxunet.errors import ConfigError
 from jaxunet.export.stablehlo import make_stablehlo
 from jaxunet.files import check_writable, write_atomically
-from jaxunet.learning.views import Views
-from jaxunet.runs.checkpoint import Which
-from jaxunet.runs.loading import TrainedModel, load
+from jaxunet.runs.loading import TrainedModel
 from jaxunet.runs.model_card import facts
 
 Format = Literal["onnx", "stablehlo"]
 
 
 def export(
-    run: Path,
-    out: Path,
-    kind: Format,
-    *,
-    which: Which = "latest",
-    views: Views = "none",
-    native: bool = False,
+    model: Callable[[], TrainedModel], out: Path, kind: Format, *, native: bool = False
 ) -> dict[str, str]:
-    """Write a checkpoint's model to `out`, and return what the file says of itself.
+    """Write a model to `out`, and return what the file says of itself.
 
     Args:
+        model: gives it, once it is known that it can be written.
         native: one picture of any size in and its probability at that size out; ONNX only.
 
     Raises:
         ConfigError: a package is missing, or the model has no such form.
-        RunError: `run` has no checkpoint that can be used, or `out` can't be written.
+        RunError: `out` can't be written.
     """
     if native and kind == "stablehlo":
         raise ConfigError(
@@ -44,22 +38,23 @@ def export(
     check_writable(out.resolve().parent, "--out")
     if kind == "onnx":
         _check_onnx()
-    model = load(run, which, views)
-    said = {**metadata(run, model), "native": json.dumps(native)}
+    trained = model()
+    said = {**metadata(trained), "native": json.dumps(native)}
     if kind == "onnx":
         from jaxunet.export.onnx_file import make_onnx, write_onnx  # the extra `[onnx]`
 
-        write_onnx(make_onnx(model, said, native=native), out)
+        write_onnx(make_onnx(trained, said, native=native), out)
     else:
-        write_atomically(out, make_stablehlo(model, said))
+        write_atomically(out, make_stablehlo(trained, said))
     return said
 
 
-def metadata(run: Path, model: TrainedModel) -> dict[str, str]:
+def metadata(model: TrainedModel) -> dict[str, str]:
     """What a file says of the model in it: names and texts, JSON where they have parts."""
-    known = facts(run)
+    known, recipe = facts(model.members[0].run), model.recipe
     known["results"] = [each for each in known["results"] if each["step"] == model.step]
-    known |= {"step": model.step, "epoch": model.epoch, "views": model.recipe.views}
+    known |= {"step": model.step, "epoch": model.epoch, "views": recipe.views}
+    known |= {"threshold": recipe.threshold, "temperature": recipe.temperature}
     known["model"] = to_dict(model.config.model)
     known["exported_by"] = " ".join(f"{name} {version_of(name)}" for name in ("jaxunet", "jax"))
     return {

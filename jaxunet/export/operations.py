@@ -56,6 +56,11 @@ def _same(graph: Graph, equation: core.JaxprEqn, operands: Sequence[Value]) -> V
     return graph.add(SAME[equation.primitive.name], *operands)
 
 
+@rule("log1p")
+def _log1p(graph: Graph, equation: core.JaxprEqn, operands: Sequence[Value]) -> Value:
+    return graph.add("Log", graph.add("Add", operands[0], np.ones((), np.float32)))
+
+
 @rule("square")
 def _square(graph: Graph, equation: core.JaxprEqn, operands: Sequence[Value]) -> Value:
     return graph.add("Mul", operands[0], operands[0])

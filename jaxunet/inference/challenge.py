@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from jaxunet.bars import Bar
 from jaxunet.config import DataConfig
@@ -28,7 +28,8 @@ from jaxunet.errors import DataError
 from jaxunet.files import write_atomically
 from jaxunet.inference.prediction import ProbabilitiesFn, predict_each, write_mask
 from jaxunet.learning.boundary import boundary_scores
-from jaxunet.learning.metrics import Counts
+from jaxunet.learning.clean_up import clean_up
+from jaxunet.learning.metrics import Counts, count
 from jaxunet.runs.evaluation import describe
 
 LESION_ABOVE = 128
@@ -84,14 +85,6 @@ def read_truth(path: Path | str, contents: bytes | None = None) -> Bool[np.ndarr
         return np.asarray(image.convert("L")) > LESION_ABOVE
 
 
-def count(
-    prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
-) -> Int[np.ndarray, " 4"]:
-    """True and false positives, false and true negatives: as `metrics.confusion_counts`."""
-    both = np.bincount((2 * truth + prediction).ravel(), minlength=4)
-    return both[[3, 1, 2, 0]]
-
-
 def evaluate_native(
     probabilities_fn: ProbabilitiesFn,
     pairs: Sequence[Pair],
@@ -101,6 +94,7 @@ def evaluate_native(
     threshold: float,
     batch_size: int,
     tolerance: float = TOLERANCE,
+    clean: bool = False,
     progress: bool = True,
 ) -> tuple[Counts, Float[np.ndarray, "images 2"]]:
     """Predict every pair at its own size, write its mask into `out`, and score it.
@@ -111,6 +105,7 @@ def evaluate_native(
 
     Args:
         tolerance: see `jaxunet.learning.boundary`, in pixels of the picture.
+        clean: fill holes and keep the largest component (`clean_up`).
 
     Returns:
         Counts [pairs, 4] and scores of the boundary [pairs, 2] in the order of `pairs`; see
@@ -131,6 +126,7 @@ def evaluate_native(
         size, mask_size = (mask.shape[0], mask.shape[1]), (truth.shape[0], truth.shape[1])
         if problem := sizes_differ(pair, pair.image.read, size, mask_size):
             raise DataError(problem)
+        mask = clean_up(mask) if clean else mask
         write_mask(Path(unfinished), pair.id, mask)
         found, true = mask > LESION_ABOVE, truth > LESION_ABOVE
         return count(found, true), boundary_scores(found, true, tolerance)

@@ -22,6 +22,7 @@ from jaxunet.data.images import encode_png, read_image, resize_image
 from jaxunet.errors import DataError, RunError
 from jaxunet.files import write_atomically
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, Picture
+from jaxunet.learning.clean_up import clean_up
 from jaxunet.runs.figures import overlay as draw_overlay
 
 ProbabilitiesFn = Callable[[np.ndarray], np.ndarray]
@@ -101,22 +102,6 @@ def _bands(
         box = (0, top * rows / height, columns, bottom * rows / height)
         band = source.resize((width, bottom - top), Image.Resampling.BILINEAR, box=box)
         yield slice(top, bottom), np.asarray(band)
-
-
-def clean_up(mask: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width"]:
-    """Fill the holes of a 0/255 mask, then keep only its largest component.
-
-    Pixels that touch at a corner belong together. Of components of equal size the first in
-    reading order stays. An empty mask stays empty.
-    """
-    import scipy.ndimage  # late: nobody else needs it, and it takes most of a second
-
-    filled = scipy.ndimage.binary_fill_holes(mask)
-    labels, count = scipy.ndimage.label(filled, structure=np.ones((3, 3)))
-    if count > 1:
-        sizes = np.bincount(labels.ravel())
-        filled = labels == 1 + np.argmax(sizes[1:])
-    return np.where(filled, 255, 0).astype(np.uint8)
 
 
 def predict_files(

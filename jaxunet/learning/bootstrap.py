@@ -5,12 +5,13 @@ As many images as a split has are drawn from it with replacement, many times ove
 It knows nothing of other seeds, nor of another hospital's pictures.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num
 
+from jaxunet.learning.calibration import Bins, calibration_error
 from jaxunet.learning.metrics import POOLED, Counts, per_image, pooled_counts
 
 LEVEL = 0.95
@@ -28,7 +29,7 @@ def mean_intervals(values: dict[str, Float[np.ndarray, " units"]]) -> dict[str, 
     The same values always have the same intervals.
     """
     rows = np.stack(list(values.values()), axis=1)
-    return _intervals(rows, values, lambda totals: totals / len(rows))
+    return intervals_of(rows, list(values), lambda totals: totals / len(rows))
 
 
 def intervals(counts: Counts) -> dict[str, dict[str, Interval]]:
@@ -45,12 +46,25 @@ def intervals(counts: Counts) -> dict[str, dict[str, Interval]]:
     return {
         "per_image": mean_intervals(per_image(counts)),
         "batch_of_4": mean_intervals({name: batches[name] for name in POOLED}),
-        "pooled": _intervals(counts, POOLED, pooled),
+        "pooled": intervals_of(counts, POOLED, pooled),
     }
 
 
-def _intervals(
-    rows: Rows, names: Iterable[str], statistic: Callable[[Any], Any]
+def calibration_intervals(bins: dict[str, Bins]) -> dict[str, Interval]:
+    """The interval of each expected calibration error of the same images' `bins`, which
+    `jaxunet.learning.calibration.reliability` gives, and of its difference to the first's."""
+    names, shape = list(bins), next(iter(bins.values())).shape
+    rows = np.concatenate([each.reshape(shape[0], -1) for each in bins.values()], axis=1)
+
+    def errors(totals: Float[np.ndarray, "draws values"]) -> Float[np.ndarray, "draws errors"]:
+        found = calibration_error(totals.reshape(-1, len(names), *shape[1:]))
+        return np.concatenate([found, found - found[:, :1]], axis=1)
+
+    return intervals_of(rows, [*names, *(f"{name} less {names[0]}" for name in names)], errors)
+
+
+def intervals_of(
+    rows: Rows, names: Sequence[str], statistic: Callable[[Any], Any]
 ) -> dict[str, Interval]:
     """The middle `LEVEL` of `statistic` of the sums of drawn rows."""
     rng, units = np.random.default_rng(0), len(rows)

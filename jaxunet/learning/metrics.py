@@ -33,6 +33,14 @@ def confusion_counts(
     return jnp.stack([jnp.sum(p, (1, 2, 3), dtype=jnp.int32) for p in pairs], axis=-1)
 
 
+def count(
+    prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
+) -> Int[np.ndarray, " 4"]:
+    """`confusion_counts` of one image, on the host: int64."""
+    both = np.bincount((2 * truth + prediction).ravel(), minlength=4)
+    return both[[3, 1, 2, 0]]
+
+
 def _ratio(
     part: Float[np.ndarray, " images"], whole: Float[np.ndarray, " images"]
 ) -> Float[np.ndarray, " images"]:

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from jaxunet.config import Config, ModelConfig, OptimizerConfig
 from jaxunet.learning.augment import example_keys, normalize, random_flip, seed_key
 from jaxunet.learning.losses import LOSSES, LossFn, lesion_logits
 from jaxunet.learning.metrics import confusion_counts
 from jaxunet.learning.optim import make_optimizer, update_ema
-from jaxunet.learning.views import Views, mean_logits
+from jaxunet.learning.views import Views, logits_at_input_size, mean_logits
 from jaxunet.model.resizing import center_crop
 from jaxunet.model.unet import UNet, make_unet
 
@@ -32,6 +32,8 @@ AXIS = "data"
 
 Batch = dict[str, UInt8[Array, "batch ..."]]
 Variables = Mapping[str, Any]
+AllVariables = Variables | tuple[Variables, ...]
+"""Of one network, or of each of an ensemble."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -69,6 +71,10 @@ class Recipe:
     threshold: float
     views: Views = "none"
     """In which views evaluation and prediction see a picture."""
+    others: tuple[UNet, ...] = ()
+    """The other networks of an ensemble: `variables` then is a tuple, of one for each."""
+    temperature: float = 1.0
+    """What evaluation and prediction divide the logit of the averaged probability by."""
 
 
 def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
@@ -246,24 +252,44 @@ def _sum_over_parts(
     return loss, grads, batch_stats
 
 
-def eval_step(recipe: Recipe, variables: Variables, batch: Batch) -> dict[str, Array]:
+def eval_step(recipe: Recipe, variables: AllVariables, batch: Batch) -> dict[str, Array]:
     """Per-example results of one global batch, gathered on every device.
 
     Returns:
         `counts` int32 [global batch, 4] (true and false positives, false and true
         negatives: see `jaxunet.learning.metrics`) and `loss` float32 [global batch].
     """
-    logits = _logits(recipe, variables, batch["image"])
-    truth = batch["mask"] > 0
+    results, _, _ = _scored(recipe, variables, batch)
+    return jax.lax.all_gather(results, AXIS, tiled=True)
+
+
+def maps_step(recipe: Recipe, variables: AllVariables, batch: Batch) -> dict[str, Array]:
+    """As `eval_step`, with the maps that its results are of.
+
+    Returns:
+        What `eval_step` does, and [global batch, height, width] each: `logits` and
+        `probabilities` float32, and `truth` bool.
+    """
+    results, logits, truth = _scored(recipe, variables, batch)
+    maps = {"logits": logits, "probabilities": jax.nn.sigmoid(logits), "truth": truth}
+    results |= {name: each[..., 0] for name, each in maps.items()}
+    return jax.lax.all_gather(results, AXIS, tiled=True)
+
+
+def _scored(
+    recipe: Recipe, variables: AllVariables, batch: Batch
+) -> tuple[dict[str, Array], Float[Array, "..."], Bool[Array, "..."]]:
+    """Counts and loss of each example of the shard, its logits and its true mask."""
+    logits, truth = _logits(recipe, variables, batch["image"]), batch["mask"] > 0
     results = {
         "counts": confusion_counts(jax.nn.sigmoid(logits) > recipe.threshold, truth),
         "loss": recipe.loss(logits, truth.astype(jnp.float32)),
     }
-    return jax.lax.all_gather(results, AXIS, tiled=True)
+    return results, logits, truth
 
 
 def predict_step(
-    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
+    recipe: Recipe, variables: AllVariables, images: UInt8[Array, "batch height width 3"]
 ) -> Float[Array, "batch height width 1"]:
     """Probability of lesion for each pixel of each image of the shard.
 
@@ -274,23 +300,11 @@ def predict_step(
 
 
 def _logits(
-    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
+    recipe: Recipe, variables: AllVariables, images: UInt8[Array, "batch height width 3"]
 ) -> Float[Array, "batch height width 1"]:
-    """Logits for every pixel, of all views together."""
-    one_view = partial(_logits_at_input_size, recipe, variables)
-    return mean_logits(one_view, images, recipe.views)
-
-
-def _logits_at_input_size(
-    recipe: Recipe, variables: Variables, images: UInt8[Array, "batch height width 3"]
-) -> Float[Array, "batch height width 1"]:
-    """Logits for every pixel: a cropped border repeats the nearest logit, so all count."""
-    shown = normalize(images, recipe.model.config.encoder)
-    output: Any = recipe.model.apply(variables, shown)
-    logits = lesion_logits(output)
-    for axis in (1, 2):
-        missing = images.shape[axis] - logits.shape[axis]
-        before = [jax.lax.slice_in_dim(logits, 0, 1, axis=axis)] * (missing // 2)
-        after = [jax.lax.slice_in_dim(logits, -1, None, axis=axis)] * (missing - missing // 2)
-        logits = jnp.concatenate([*before, logits, *after], axis=axis)
-    return logits
+    """Logits for every pixel, of all networks and views together, over the temperature."""
+    models = (recipe.model, *recipe.others)
+    each: Any = variables if recipe.others else (variables,)
+    networks = [partial(logits_at_input_size, *pair) for pair in zip(models, each, strict=True)]
+    logits = mean_logits(networks, images, recipe.views)
+    return logits if recipe.temperature == 1 else logits / recipe.temperature

@@ -8,6 +8,7 @@ checkpoints/     see `jaxunet.runs.checkpoint`
 figures/         curves.png, predictions.png
 summary.json     final scores, by protocol
 MODEL_CARD.md    what the model is, for those who get it without the run
+calibration.json the threshold and temperature that serve best, once they were asked for
 tuning/          on a GPU, the algorithms that its steps were compiled with
 """
 

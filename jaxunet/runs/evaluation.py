@@ -4,7 +4,8 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,12 @@ from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import Step
 from jaxunet.errors import RunError
 from jaxunet.learning import boundary
-from jaxunet.learning.bootstrap import intervals, mean_intervals
+from jaxunet.learning.bootstrap import calibration_intervals, intervals, mean_intervals
+from jaxunet.learning.calibration import described
 from jaxunet.learning.metrics import per_image, scores
 
 DECIDING_PACKAGES = ("jaxunet", "jax", "jaxlib", "flax", "optax", "numpy")
+IN_FLIGHT = 2  # batches: the devices have work meanwhile, and few maps take memory
 LOCAL = ("data.dir", "data.prepared_dir", "data.loader", "data.workers")
 """Options that each host may have its own of: the examples are the same."""
 
@@ -45,12 +48,15 @@ class Evaluation:
         seconds: wall time.
         boundary: float64 [images, 2]: see `jaxunet.learning.boundary`; None where masks were
             not compared at their own size.
+        bins: how probabilities agree with the truth, image by image
+            (`jaxunet.learning.calibration.reliability`); None where that was not computed.
     """
 
     counts: np.ndarray
     loss: float | None
     seconds: float
     boundary: np.ndarray | None = None
+    bins: np.ndarray | None = None
 
     @property
     def per_image(self) -> dict[str, np.ndarray]:
@@ -105,22 +111,56 @@ def evaluate(
         check_stop: called between batches; may raise to stop.
     """
     start = time.perf_counter()
+    given = results(
+        feed, compiled_eval, variables, config, progress=progress, check_stop=check_stop
+    )
+    found = list(given)
+    counts = np.concatenate([each["counts"] for each in found]).astype(np.int64)
+    return Evaluation(counts, mean_loss(found), time.perf_counter() - start)
+
+
+def results(
+    feed: Feed,
+    compiled: Step,
+    variables: Any,
+    config: Config,
+    *,
+    progress: bool = True,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What a compiled step gives for each batch of a split: arrays of its images, on the host.
+
+    The devices are `IN_FLIGHT` batches ahead. The arguments are those of `evaluate`.
+    """
     order = BatchSampler(
         len(feed),
         tuning.eval_batch_size(config.train),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    total = order.batches_per_epoch
-    results = []
+    total, left = order.batches_per_epoch, len(feed)
+    waiting: deque[Any] = deque()
+
+    def fetched() -> dict[str, np.ndarray]:
+        nonlocal left
+        host = feed.strategy.fetch(waiting.popleft())
+        host = {name: each[:left] for name, each in host.items()}
+        left -= len(host["loss"])
+        return host
+
     with closing(feed.batches(order, total)) as batches:
         for batch in Bar("evaluate", total, batches, show=progress):
             check_stop()
-            results.append(compiled_eval(variables, feed.place(batch)))
-    host = [feed.strategy.fetch(result) for result in results]
-    counts = np.concatenate([r["counts"] for r in host])[: len(feed)].astype(np.int64)
-    loss = np.concatenate([r["loss"] for r in host])[: len(feed)].astype(np.float64)
-    return Evaluation(counts, float(loss.mean()), time.perf_counter() - start)
+            waiting.append(compiled(variables, feed.place(batch)))
+            if len(waiting) > IN_FLIGHT:
+                yield fetched()
+        while waiting:
+            yield fetched()
+
+
+def mean_loss(found: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """The mean over all images of `results`."""
+    return float(np.concatenate([each["loss"] for each in found]).astype(np.float64).mean())
 
 
 def report(
@@ -145,6 +185,7 @@ def report(
         "scores": evaluation.scores,
         "intervals": evaluation.intervals,
         **loss,
+        **_calibration(evaluation),
         "step": step,
         "epoch": epoch,
         "wall_seconds": evaluation.seconds if wall_seconds is None else wall_seconds,
@@ -152,6 +193,13 @@ def report(
         if images_per_second is None
         else images_per_second,
     }
+
+
+def _calibration(evaluation: Evaluation) -> dict[str, Any]:
+    if evaluation.bins is None:
+        return {}
+    interval = calibration_intervals({"": evaluation.bins})[""]
+    return {"calibration": {**described(evaluation.bins), "interval": interval}}
 
 
 def table(ids: Sequence[str], evaluation: Evaluation) -> str:

@@ -22,10 +22,10 @@ def other_arrays(found: TrainState, like: TrainState) -> list[str]:
     ]
 
 
-def checksum_of(state: TrainState, progress: dict[str, Any]) -> int:
-    """CRC-32 of the progress and of every array."""
-    checksum = zlib.crc32(json.dumps(progress, sort_keys=True).encode())
-    for leaf in jax.tree.leaves(state):
+def checksum_of(arrays: Any, progress: dict[str, Any] | None = None) -> int:
+    """CRC-32 of the progress and of every array of a tree, such as a `TrainState`."""
+    checksum = zlib.crc32(json.dumps(progress or {}, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(arrays):
         checksum = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, checksum)
     return checksum
 

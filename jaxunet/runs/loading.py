@@ -1,6 +1,6 @@
-"""A trained model, taken from a run directory, ready to be evaluated or to predict."""
+"""A trained model, of one run or of several together, ready to be evaluated or to predict."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,54 +8,125 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
-from jaxunet.config import Config, DataConfig, require
-from jaxunet.data.prepared import Prepared
-from jaxunet.devices import tuning
-from jaxunet.devices.compiling import Compilation
-from jaxunet.devices.feed import Feed
-from jaxunet.devices.strategies import Strategy, check_divisible
-from jaxunet.errors import RunError
-from jaxunet.learning.steps import Recipe, eval_step, init_state, make_recipe, predict_step
+from jaxunet.config import Config, require
+from jaxunet.devices.strategies import Strategy
+from jaxunet.errors import ConfigError, RunError
+from jaxunet.learning.clean_up import cleaned
+from jaxunet.learning.steps import Recipe, init_state, make_recipe, predict_step
 from jaxunet.learning.views import QUARTERS, Views
 from jaxunet.runs.checkpoint import Checkpoints, Which
-from jaxunet.runs.evaluation import Evaluation, evaluate
 from jaxunet.runs.finite import not_finite
+from jaxunet.runs.integrity import checksum_of
 from jaxunet.runs.record import config_of_main, load_config
 
-Probabilities = Callable[
-    [UInt8[np.ndarray, "batch height width 3"]], Float[np.ndarray, "batch height width 1"]
-]
+Images = UInt8[np.ndarray, "batch height width 3"]
+Probabilities = Callable[[Images], Float[np.ndarray, "batch height width 1"]]
+Masks = Callable[[Images], Bool[np.ndarray, "batch height width"]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a model.
+
+    Attributes:
+        step, epoch: how long it was trained.
+        weights: a checksum of them, by which they are known again.
+    """
+
+    run: Path
+    which: Which
+    config: Config
+    step: int
+    epoch: int
+    weights: str
+
+    def described(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "run": str(self.run.resolve()),
+            "checkpoint": self.which,
+            "step": self.step,
+            "epoch": self.epoch,
+            "weights": self.weights,
+        }
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """Weights of one checkpoint with the configuration that they belong to.
+    """Weights of one checkpoint, or of one of each of several runs: an ensemble, whose
+    probabilities are the mean of theirs.
 
     Attributes:
-        variables: host arrays to apply the model with (averaged weights where there are any).
-        step, epoch: how long it was trained.
+        recipe: with all that says how its probabilities and masks come about.
+        variables: host arrays to apply the model with (averaged weights where there are any);
+            of an ensemble a tuple.
     """
 
-    config: Config
     recipe: Recipe
     variables: Any
-    step: int
-    epoch: int
+    members: tuple[Member, ...]
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the first run."""
+        return self.members[0].config
+
+    @property
+    def step(self) -> int:
+        """How long the first run was trained."""
+        return self.members[0].step
+
+    @property
+    def epoch(self) -> int:
+        """How long the first run was trained."""
+        return self.members[0].epoch
 
 
-def load(run: Path, which: Which = "latest", views: Views = "none") -> TrainedModel:
-    """The latest or the best checkpoint of `run`, and how it is to see pictures.
+def load(
+    runs: Path | Sequence[Path], which: Which = "latest", views: Views = "none"
+) -> TrainedModel:
+    """The latest or the best checkpoint of `runs`, and how it is to see pictures.
 
     Raises:
-        ConfigError: there are no such `views`.
-        RunError: `run` is no run directory, has no checkpoint that fits its configuration,
+        ConfigError: there are no such `views`, no runs, one is named twice, or they see
+            pictures of different sizes.
+        RunError: one is no run directory, has no checkpoint that fits its configuration,
             or its weights are not finite.
     """
     require(views in QUARTERS, "views", views, "'none', 'flips' or 'd4'")
-    config = config_of_main(lambda: load_config(run))
-    recipe = replace(make_recipe(config), views=views)
+    runs = [runs] if isinstance(runs, Path) else list(runs)
+    configs = [config_of_main(partial(load_config, run)) for run in runs]
+    check_together(runs, configs)
+    members, recipes, variables = zip(
+        *(_load(run, config, which) for run, config in zip(runs, configs, strict=True)),
+        strict=True,
+    )
+    others = tuple(recipe.model for recipe in recipes[1:])
+    recipe = replace(recipes[0], views=views, others=others)
+    return TrainedModel(recipe, variables if others else variables[0], members)
+
+
+def check_together(runs: Sequence[Path], configs: Sequence[Config]) -> None:
+    """Raise `ConfigError` unless the probabilities of `runs` can be averaged."""
+    if not runs:
+        raise ConfigError("No run is given: name at least one run directory.")
+    for place, run in enumerate(runs):
+        if run.resolve() in [each.resolve() for each in runs[:place]]:
+            raise ConfigError(f"{run} is given twice: an ensemble is of different runs.")
+    first = configs[0].data.image_size
+    for run, config in zip(runs, configs, strict=True):
+        if config.data.image_size != first:
+            raise ConfigError(
+                f"{runs[0]} sees pictures at {first} px and {run} at "
+                f"{config.data.image_size} px: their probabilities are of other pixels and "
+                "have no mean. Give runs of one data.image_size."
+            )
+
+
+def _load(run: Path, config: Config, which: Which) -> tuple[Member, Recipe, Any]:
+    recipe = make_recipe(config)
     checkpoints = Checkpoints(run / "checkpoints", config.train.best_metric, read_only=True)
     try:
         like = jax.eval_shape(partial(init_state, recipe))
@@ -67,34 +138,9 @@ def load(run: Path, which: Which = "latest", views: Views = "none") -> TrainedMo
             f"The {which} checkpoint of {run}, of step {step}, is of no use: {reason}. Take "
             "another checkpoint, or train anew with a smaller optimizer.learning_rate."
         )
-    return TrainedModel(config, recipe, state.variables, step, progress["evaluated_epochs"])
-
-
-def evaluate_split(
-    model: TrainedModel,
-    strategy: Strategy,
-    data: Prepared,
-    split: str,
-    config: DataConfig,
-    *,
-    show_progress: bool = True,
-) -> Evaluation:
-    """Score a model on a split, or a slice of one, of a prepared dataset.
-
-    Args:
-        config: how the data are read.
-    """
-    feed = Feed(strategy, data.source(split), config, progress=show_progress, fill=False)
-    step = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
-    variables = strategy.replicate(model.variables)
-    batch_size = tuning.eval_batch_size(model.config.train)
-    check_divisible("train.eval_batch_size", batch_size, len(strategy.devices))
-    compilation = Compilation(
-        "the eval step", lambda: feed.lower(step, variables, batch_size), show=show_progress
-    )
-    feed.fill()  # meanwhile
-    compilation.finish()
-    return evaluate(feed, step, variables, model.config, progress=show_progress)
+    weights = f"{checksum_of(state.variables):08x}"
+    member = Member(run, which, config, step, progress["evaluated_epochs"], weights)
+    return member, recipe, state.variables
 
 
 def compile_probabilities(
@@ -107,9 +153,20 @@ def compile_probabilities(
     step = strategy.compile(partial(predict_step, recipe), outputs="split")
     variables = strategy.replicate(host_variables)
 
-    def probabilities(
-        images: UInt8[np.ndarray, "batch height width 3"],
-    ) -> Float[np.ndarray, "batch height width 1"]:
+    def probabilities(images: Images) -> Float[np.ndarray, "batch height width 1"]:
         return strategy.gather(step(variables, strategy.split(images)))
 
     return probabilities
+
+
+def compile_masks(
+    strategy: Strategy, recipe: Recipe, host_variables: Any, *, clean: bool = False
+) -> Masks:
+    """As `compile_probabilities`, to masks: above the recipe's threshold, and cleaned up."""
+    probabilities = compile_probabilities(strategy, recipe, host_variables)
+
+    def masks(images: Images) -> Bool[np.ndarray, "batch height width"]:
+        above = probabilities(images)[..., 0] > recipe.threshold
+        return cleaned(above) if clean else above
+
+    return masks

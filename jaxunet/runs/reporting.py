@@ -15,7 +15,7 @@ from jaxunet.devices.tuning import eval_batch_size
 from jaxunet.files import write_json
 from jaxunet.learning.metrics import per_image
 from jaxunet.runs import figures
-from jaxunet.runs.loading import Probabilities
+from jaxunet.runs.loading import Masks
 from jaxunet.runs.model_card import write_card
 from jaxunet.runs.record import read_metrics
 
@@ -28,7 +28,7 @@ def write_summary(run: Path, summary: dict[str, Any]) -> None:
 
 def write_figures(
     run: Path,
-    probabilities: Probabilities,
+    masks: Masks,
     counts: np.ndarray,
     source: DataSource,
     config: Config,
@@ -37,7 +37,7 @@ def write_figures(
     """Draw `figures/curves.png` and `figures/predictions.png` under `run`.
 
     Args:
-        probabilities: see `jaxunet.runs.loading.compile_probabilities`.
+        masks: see `jaxunet.runs.loading.compile_masks`.
         counts: [images, 4], of `source` in its order; they choose the best, the median and
             the worst image to show.
 
@@ -50,13 +50,13 @@ def write_figures(
     written = drawn(curves, partial(figures.curves, lines, curves))
 
     chosen = figures.select_rows(per_image(counts)["dice"])
-    rows = prediction_rows(chosen, probabilities, counts, source, config)
+    rows = prediction_rows(chosen, masks, counts, source, config)
     return written + drawn(predictions, partial(figures.predictions, rows, predictions, title))
 
 
 def prediction_rows(
     chosen: Sequence[tuple[int, str]],
-    probabilities: Probabilities,
+    masks: Masks,
     counts: np.ndarray,
     source: DataSource,
     config: Config,
@@ -65,19 +65,18 @@ def prediction_rows(
 
     The others are as in `write_figures`.
     """
-    image_size, threshold = config.data.image_size, config.train.threshold
+    image_size = config.data.image_size
     batch_size = eval_batch_size(config.train)
     dice = per_image(counts)["dice"]
     examples = [source[index] for index, _ in chosen]
     images = [resize_image(e["image"], image_size, image_size) for e in examples]
-    masks = [resize_mask(e["mask"], image_size, image_size) for e in examples]
+    truths = [resize_mask(e["mask"], image_size, image_size) for e in examples]
     rows = []
     for start in range(0, len(chosen), batch_size):
         batch = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
         part = images[start : start + batch_size]
         batch[: len(part)] = part
-        predicted = probabilities(batch)[: len(part), :, :, 0] > threshold
-        for place, prediction in enumerate(predicted, start):
+        for place, prediction in enumerate(masks(batch)[: len(part)], start):
             index, label = chosen[place]
             rows.append(
                 figures.PredictionRow(
@@ -85,7 +84,7 @@ def prediction_rows(
                     label=label,
                     dice=float(dice[index]),
                     image=images[place],
-                    truth=masks[place][:, :, 0],
+                    truth=truths[place][:, :, 0],
                     prediction=prediction.astype(np.uint8),
                 )
             )

@@ -34,7 +34,7 @@ from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
 from jaxunet.runs.journal import Journal, Position
-from jaxunet.runs.loading import compile_probabilities
+from jaxunet.runs.loading import compile_masks
 from jaxunet.runs.reporting import write_figures, write_summary
 from jaxunet.runs.stopping import StopVote, stop_requests
 
@@ -114,9 +114,8 @@ class Trainer:
                 outputs="replicated",
                 donate=True,
             )
-            self.eval_step = self.validation_feed.compile(
-                partial(eval_step, self.recipe), outputs="replicated"
-            )
+            evaluated = partial(eval_step, self.recipe)
+            self.eval_step = self.validation_feed.compile(evaluated, outputs="replicated")
             self._compilation = Compilation(
                 "the train and eval steps",
                 lambda: self.train_feed.lower(
@@ -279,7 +278,7 @@ class Trainer:
         write_summary(self.run.path, summary)
         pictures = write_figures(
             self.run.path,
-            compile_probabilities(self.own_strategy, self.recipe, host.variables),
+            compile_masks(self.own_strategy, self.recipe, host.variables),
             evaluation.counts,
             self.validation_feed.source,
             self.config,

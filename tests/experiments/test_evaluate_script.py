@@ -177,22 +177,30 @@ def test_slices_and_checkpoints_have_files_of_their_own(world):
 def test_no_two_scorings_share_a_name(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    import evaluate as script
+    from model_options import ModelOptions
 
     edges = ("", "1", "10", "-10", "10%", "-10%")
     splits = [f"{base}[{a}:{b}]" for base in ("test", "train") for a in edges for b in edges]
     splits += ["test", "train", "train+test", "train[:1]+test", "train+test[:1]", "../test"]
     names = [
-        script.file_name(split, native=native, other=other, best=best, views=views)
+        options.file_name(split, native=native, other=other)
         for split in splits
         for native in (False, True)
         for other in (None, "folder", "isic2018", "synthetic")
-        for best in (False, True)
-        for views in ("none", "flips", "d4")
+        for options in (
+            ModelOptions(),
+            ModelOptions(checkpoint="best"),
+            ModelOptions(views="flips", clean=True),
+            ModelOptions(checkpoint="best", views="d4"),
+            ModelOptions(threshold="auto"),
+            ModelOptions(threshold=0.4),
+            ModelOptions(temperature="auto", clean=True),
+            ModelOptions(temperature=2.0),
+        )
     ]
     assert len(set(names)) == len(names)
     assert not any("/" in name for name in names)
-    assert script.file_name("test", native=True, other=None, best=False) == "native-test"
+    assert ModelOptions().file_name("test", native=True) == "native-test"
 
 
 def test_native_scores_are_of_the_masks_that_a_zip_holds_and_no_others(world, sound):
@@ -346,17 +354,18 @@ def test_a_difference_is_that_of_both_scorings_and_a_picture_in_the_way_costs_no
     settings = dataclasses.replace(config.train, seed=1, threshold=0.6)
     other = dataclasses.replace(config, train=settings)
     train(other, prepare(other.data, progress=False), tmp_path / "b", show_progress=False)
-    (tmp_path / "out" / "comparison-b-test-best.png").mkdir(parents=True)
-    words = ("--split", "test", "--checkpoint", "best", "--out", tmp_path / "out")
+    (tmp_path / "out" / "comparison-b-test-best-clean.png").mkdir(parents=True)
+    words = ("--split", "test", "--checkpoint", "best", "--clean", "--out", tmp_path / "out")
     status, output = run(["compare.py", world / "run", tmp_path / "b", *words])
     assert status == 0, output
     assert "is not drawn" in output
-    found = json.loads((tmp_path / "out" / "comparison-b-test-best.json").read_text())
+    found = json.loads((tmp_path / "out" / "comparison-b-test-best-clean.json").read_text())
     dice = []
     for each in (world / "run", tmp_path / "b"):
-        status, output = run(["evaluate.py", each, *words[:4], "--out", tmp_path / each.name])
+        status, output = run(["evaluate.py", each, *words[:5], "--out", tmp_path / each.name])
         assert status == 0, output
-        scores = json.loads((tmp_path / each.name / "evaluation-test-best.json").read_text())
+        found_in = tmp_path / each.name / "evaluation-test-best-clean.json"
+        scores = json.loads(found_in.read_text())
         dice.append(scores["scores"]["per_image"]["dice"])
     assert found["scores"]["dice"]["difference"] == pytest.approx(dice[0] - dice[1])
     assert dice[0] != dice[1]

@@ -100,6 +100,7 @@ SHORT = {
     "prepare_data.py": SMALL,
     "train.py": [*SMALL, *FEW, *TINY, *ONE_EPOCH, "--data.synthetic-train", 64],
     "evaluate.py": [],
+    "gains.py": [],
     "compare.py": [],
     "predict.py": [],
     "reproduce.py": [*SMALL, *FEW, *TINY, *ONE_EPOCH],

@@ -30,7 +30,8 @@ from jaxunet.export.stablehlo import PLATFORMS, make_stablehlo
 from jaxunet.inference.model import Model, load
 from jaxunet.learning.steps import init_state, make_recipe, predict_step
 from jaxunet.model.portable import portable
-from jaxunet.runs.loading import TrainedModel
+from jaxunet.runs.loading import Member, TrainedModel
+from jaxunet.runs.loading import load as load_trained
 
 SIDE = 22  # which no pooling divides often
 
@@ -50,7 +51,8 @@ def model_of(config: ModelConfig, views: str = "none") -> TrainedModel:
         return rng.normal(0, (spread / fan) ** 0.5, leaf.shape).astype(np.float32)
 
     variables = jax.tree_util.tree_map_with_path(drawn, shapes)
-    return TrainedModel(whole, recipe, variables, 7, 1)
+    member = Member(Path("run"), "latest", whole, 7, 1, "")
+    return TrainedModel(recipe, variables, (member,))
 
 
 def pictures(count: int) -> np.ndarray:
@@ -94,6 +96,13 @@ def test_onnx_gives_the_models_probabilities(config: ModelConfig, views: str) ->
     assert kinds.count("ConvTranspose") == (
         config.depth - 1 if config.upsampling == "transposed" else 0
     )
+
+
+def test_onnx_gives_the_probabilities_of_an_ensemble_at_a_temperature() -> None:
+    one = model_of(ModelConfig(width=4, depth=2), "flips")
+    other = model_of(ModelConfig(width=6, depth=3))
+    recipe = replace(one.recipe, others=(other.recipe.model,), temperature=1.7)
+    check(TrainedModel(recipe, (one.variables, other.variables), one.members))
 
 
 def test_onnx_gives_an_efficientnets_probabilities() -> None:
@@ -182,8 +191,8 @@ def test_the_script_exports_a_run_and_writes_its_card(tmp_path: Path) -> None:
     assert (np.where(found > 0.5, 255, 0) != model.predict(picture)).mean() <= 1e-3
 
     files = [tmp_path / "batches.onnx", tmp_path / "unet.stablehlo"]
-    export(run, files[0], "onnx")
-    export(run, files[1], "stablehlo")
+    for file, kind in zip(files, ("onnx", "stablehlo"), strict=True):
+        export(lambda: load_trained(run), file, kind)
     program = jax.export.deserialize(bytearray(files[1].read_bytes()))
     assert json.loads(program.fun_name)["threshold"] == "0.5"
 
@@ -202,13 +211,14 @@ def test_the_script_exports_a_run_and_writes_its_card(tmp_path: Path) -> None:
 
 
 def test_what_can_not_be_exported_is_said_first(tmp_path: Path) -> None:
+    def unread() -> TrainedModel:
+        raise AssertionError
+
     with pytest.raises(ConfigError, match=r"--native is --format onnx's"):
-        export(tmp_path, tmp_path / "a", "stablehlo", native=True)
+        export(unread, tmp_path / "a", "stablehlo", native=True)
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="file/nowhere cannot be written to"):
-        export(tmp_path, tmp_path / "file" / "nowhere" / "a", "onnx")
-    with pytest.raises(RunError, match="is not a run directory"):
-        export(tmp_path, tmp_path / "a", "onnx")
+        export(unread, tmp_path / "file" / "nowhere" / "a", "onnx")
 
 
 def read_card(run: Path) -> tuple[dict, str]:

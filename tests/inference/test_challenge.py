@@ -19,14 +19,13 @@ from jaxunet.config import DataConfig
 from jaxunet.data import prepare
 from jaxunet.errors import DataError, RunError
 from jaxunet.inference.challenge import (
-    count,
     evaluate_native,
     originals,
     read_truth,
     score_folders,
     zip_masks,
 )
-from jaxunet.learning.metrics import per_image, scores
+from jaxunet.learning.metrics import count, per_image, scores
 
 GOLDEN = Path(__file__).parent / "golden" / "isic_challenge_scoring.json"
 NAMES = {"jaccard": "iou"}  # theirs: ours

@@ -15,12 +15,12 @@ from jaxunet.errors import DataError, RunError
 from jaxunet.inference.challenge import zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import (
-    clean_up,
     mask_at_size,
     predict_files,
     predict_image,
     probabilities_at_size,
 )
+from jaxunet.learning.clean_up import clean_up
 
 NAME_MAX = 255  # bytes of a file name on Linux and macOS
 SETTINGS = {"image_size": 16, "threshold": 0.5, "batch_size": 4}

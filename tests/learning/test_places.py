@@ -14,7 +14,7 @@ from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import ConfigError, DataError
 from jaxunet.inference.pictures import plan
-from jaxunet.inference.prediction import clean_up
+from jaxunet.learning.clean_up import clean_up
 from jaxunet.learning.steps import init_state, make_recipe, train_step
 from jaxunet.model.resizing import center_crop, center_pad
 

@@ -19,6 +19,7 @@ from jaxunet.learning.steps import (
     eval_step,
     init_state,
     make_recipe,
+    maps_step,
     predict_step,
     state_from_variables,
     train_step,
@@ -213,6 +214,24 @@ def test_evaluation_counts_every_pixel_of_every_shards_examples():
     counts = [(p & y).sum((1, 2, 3)), (p & ~y).sum((1, 2, 3))]
     counts += [(~p & y).sum((1, 2, 3)), (~p & ~y).sum((1, 2, 3))]
     np.testing.assert_array_equal(found["counts"], np.stack(counts, axis=-1))
+
+
+def test_maps_of_an_ensemble_are_of_the_mean_probability_at_the_temperature():
+    one, batch = recipe_of(threshold=0.7), batch_of(4)
+    recipe = replace(one, others=(one.model,), temperature=2.0)
+    variables = start(one).variables
+    higher = variables["params"]["bias"] + 1.5
+    second = {**variables, "params": {**variables["params"], "bias": higher}}
+    found = on_shards(maps_step, recipe, (variables, second), batch, 2)
+    z = logits_by_hand(batch)
+    p = (1 / (1 + np.exp(-z)) + 1 / (1 + np.exp(-z - 1.5))) / 2
+    z = (np.log(p) - np.log(1 - p)) / 2.0
+    p, y = 1 / (1 + np.exp(-z)), batch["mask"] > 0
+    assert_near(found["logits"], z[..., 0])
+    assert_near(found["probabilities"], p[..., 0])
+    np.testing.assert_array_equal(found["truth"], y[..., 0])
+    assert_near(found["loss"], (np.logaddexp(0, z) - y * z).mean((1, 2, 3)))
+    np.testing.assert_array_equal(found["counts"][:, 0], ((p > 0.7) & y).sum((1, 2, 3)))
 
 
 def test_a_probability_is_that_of_the_logit_and_nan_where_that_is_not_finite():

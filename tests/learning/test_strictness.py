@@ -10,7 +10,13 @@ import pytest
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.learning.losses import LOSSES
-from jaxunet.learning.steps import eval_step, init_state, make_recipe, predict_step, train_step
+from jaxunet.learning.steps import (
+    init_state,
+    make_recipe,
+    maps_step,
+    predict_step,
+    train_step,
+)
 
 PLAIN = Config(data=DataConfig(image_size=9), model=ModelConfig(width=2, depth=2))
 BATCH_NORM = Config(
@@ -46,7 +52,7 @@ def lower_steps(config: Config) -> None:
     }
     for step, arguments in (
         (train_step, (state, batch)),
-        (eval_step, (state.variables, batch)),
+        (maps_step, (state.variables, batch)),  # all of eval_step, and more
         (predict_step, (state.variables, batch["image"])),
     ):
         strategy.compile(partial(step, recipe), outputs="replicated").lower(*arguments)

@@ -38,7 +38,7 @@ def network(images):
 @pytest.mark.parametrize("views", ["none", "flips", "d4"])
 def test_probabilities_are_averaged_over_numpys_turns(views):
     turns = {"none": FLIPS[:1], "flips": FLIPS, "d4": D4}[views]
-    found = np.asarray(mean_logits(network, IMAGES, views))[..., 0]
+    found = np.asarray(mean_logits([network], IMAGES, views))[..., 0]
     for image, logits in zip(np.asarray(IMAGES), found, strict=True):
         views_of = [
             back(1 / (1 + np.exp(-WEIGHTS * (turn(image).astype(float).mean(-1) - 100))))
@@ -48,10 +48,10 @@ def test_probabilities_are_averaged_over_numpys_turns(views):
 
 
 def test_certain_views_stay_finite_and_one_that_is_not_finite_is_seen():
-    certain = mean_logits(lambda x: jnp.full((*x.shape[:3], 1), 300.0), IMAGES, "d4")
+    certain = mean_logits([lambda x: jnp.full((*x.shape[:3], 1), 300.0)], IMAGES, "d4")
     np.testing.assert_allclose(certain, 300)
     for value in (np.nan, np.inf, -np.inf):
         broken = partial(lambda x, value: network(x).at[0, 0, 0].set(value), value=value)
-        found = mean_logits(broken, IMAGES, "flips")[0, ..., 0]
+        found = mean_logits([broken], IMAGES, "flips")[0, ..., 0]
         assert np.isnan(found[[0, 0, -1, -1], [0, -1, 0, -1]]).all()
         assert np.isfinite(found).sum() == 32

@@ -254,7 +254,7 @@ def test_a_figure_that_fails_costs_a_line_not_the_run(tmp_path, monkeypatch, cap
     ]
     written = write_figures(
         tmp_path,
-        lambda images: np.zeros((*images.shape[:3], 1), np.float32),
+        lambda images: np.zeros(images.shape[:3], bool),
         np.array([[0, 0, 0, 64]]),
         examples,
         Config(DataConfig(image_size=16), train=TrainConfig(eval_batch_size=2)),

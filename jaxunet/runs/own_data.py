@@ -1,0 +1,40 @@
+"""The data that a model was trained on, found again."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxunet.data import Prepared, prepare
+from jaxunet.devices import distributed
+from jaxunet.errors import DataError
+from jaxunet.runs.evaluation import describe_split
+from jaxunet.runs.loading import TrainedModel
+from jaxunet.runs.record import other_data, recorded_fingerprint
+
+
+def own_split(
+    model: TrainedModel, split: str, *, advice: str, show_progress: bool = True
+) -> tuple[Prepared, dict[str, Any]]:
+    """The data of a model's runs, and what describes a split of them.
+
+    Args:
+        advice: a sentence that ends the error.
+
+    Raises:
+        DataError: they have changed, are others for one of the runs, or have no such split.
+    """
+    config, runs = model.config.data, [member.run for member in model.members]
+    recorded = recorded_fingerprint(runs[0])
+    data = distributed.main_first(
+        lambda: prepare(config, progress=show_progress, recorded=recorded),
+        "preparing the data",
+    )
+    dataset = describe_split(data, split, config.image_size)
+
+    def differing(run: Path) -> str | None:
+        return other_data(run, dataset, config)
+
+    for run in runs:
+        if said := distributed.on_main(partial(differing, run), "comparing the data"):
+            raise DataError(f"{said} {advice}")
+    return data, dataset
