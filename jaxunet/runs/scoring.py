@@ -67,7 +67,7 @@ def evaluate_split(
         np.concatenate(counts).astype(np.int64),
         mean_loss(losses),
         time.perf_counter() - start,
-        np.concatenate(bins),
+        bins=np.concatenate(bins),
     )
 
 
