@@ -54,7 +54,7 @@ STRENGTHS: dict[Strength, Ranges] = {
         saturation=0.4,
         hue=20,
         blur=0.01,
-        noise=0.04,
+        noise=0.03,
         cutout=0.4,
     ),
 }
