@@ -16,7 +16,7 @@ from jaxunet.bench.card import card, cudnn_version, share_memory, use_tf32
 from jaxunet.bench.feeding import make_preparation
 from jaxunet.bench.figures import draw
 from jaxunet.bench.kernels import profile, text
-from jaxunet.bench.measure import fits, measure_layers, measure_loops
+from jaxunet.bench.measure import fits, measure_augmentation, measure_layers, measure_loops
 from jaxunet.bench.products import matmul_rate
 from jaxunet.bench.race import measure_steps
 from jaxunet.bench.rounds import describe, time_rounds
@@ -173,6 +173,8 @@ def main() -> None:
         point: dict[str, Any] = {"setting": setting.record()}
         result["points"].append(point)
         measure_steps(setting, arguments, rate, point, save)
+        if "augmentation" in arguments.measure:
+            point["augmentation"] = measure_augmentation(setting, arguments)
         if loops:
             point |= measure_loops(setting, arguments)
         if "layers" in arguments.measure:

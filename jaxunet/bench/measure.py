@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxunet.augmentation_config import STRENGTHS
 from jaxunet.bench.feeding import make_pipeline, make_training
 from jaxunet.bench.products import convolutions, make_products
 from jaxunet.bench.rounds import Contestant, describe, exponent, ratio, spread, time_rounds
@@ -39,6 +40,25 @@ def measure_layers(setting: Setting, timing: Timing) -> list[dict[str, Any]]:
                 entry[product]["ratio"] = ratio(times["jaxunet"], times["pytorch"])
         found.append(entry)
     return found
+
+
+def measure_augmentation(setting: Setting, timing: Timing) -> dict[str, Any]:
+    """The train step at each strength, in turn with the one that varies nothing."""
+    config, batch_size = setting.config, setting.config.train.batch_size
+    strategy = make_strategy(setting.parallel, jax.devices()[: setting.devices])
+    state = initial_state(config)
+    steps: dict[str, Contestant] = {}
+    for strength in STRENGTHS:
+        varied = replace(config, train=replace(config.train, augment=strength))
+        steps[strength] = make_step(strategy, varied, "train", state, batch_size)
+    times = time_rounds(steps, timing.rounds, timing.seconds)
+    return {
+        strength: {
+            **describe(times[strength], batch_size),
+            "ratio_to_none": ratio(times[strength], times["none"]),
+        }
+        for strength in steps
+    }
 
 
 def measure_loops(setting: Setting, timing: Timing) -> dict[str, Any]:

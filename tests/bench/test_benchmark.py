@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scripts import run as run_script
 
-from jaxunet.bench import products, rounds, steps
+from jaxunet.bench import measure, products, rounds, steps
 from jaxunet.bench.flops import forward_flops, layers, train_flops
+from jaxunet.bench.setting import Setting, Timing
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.model import conv, winograd
@@ -185,6 +186,24 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     assert set(found["preparation"]) == {"full_decode", "one_core", "all_cores"}
     assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_each_strength_of_augmentation_is_timed_in_turn_with_none(monkeypatch):
+    pauses = {"none": 0.002, "flip": 0.002, "standard": 0.006, "strong": 0.01}
+
+    def make_step(strategy, config, mode, state, batch_size):
+        assert (mode, batch_size, state) == ("train", 4, "state")
+        return lambda steps: time.sleep(steps * pauses[config.train.augment])
+
+    monkeypatch.setattr(measure, "make_step", make_step)
+    monkeypatch.setattr(measure, "initial_state", lambda config: "state")
+    setting = Setting(Config(train=TrainConfig(batch_size=4)), "jit", 1)
+    found = measure.measure_augmentation(setting, Timing(rounds=5, seconds=0.01))
+    assert list(found) == list(pauses)
+    assert found["none"]["ratio_to_none"]["median"] == 1
+    ratios = [each["ratio_to_none"]["median"] for each in found.values()]
+    assert ratios[1] < ratios[2] < ratios[3]
+    assert found["strong"]["images_per_second"] < 4 / 0.01
 
 
 def test_what_has_no_pytorch_side_is_refused_before_anything_is_measured(tmp_path):
