@@ -27,8 +27,8 @@ class Timing:
     """What is timed, against what, and for how long."""
 
     measure: tuple[Measure, ...] = ("train", "eval", "predict", "pipeline", "training")
-    """What to time: three kinds of step on a batch that lies on the devices; the train step
-    with each --train.augment, in turn (`augmentation`); the input
+    """What to time: three kinds of step on a batch that lies on the devices; `augmentation`,
+    what each --train.augment does before the train step; the input
     `pipeline` alone; `training` end to end, under each --data.cache; `preparation` of data:
     decoding and resizing of large JPEGs; `layers`: every 3x3 convolution and its gradients."""
     against: Literal["nothing", "pytorch"] = "nothing"

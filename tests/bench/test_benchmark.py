@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scripts import run as run_script
 
+from jaxunet.augmentation_config import STRENGTHS
 from jaxunet.bench import measure, products, rounds, steps
 from jaxunet.bench.flops import forward_flops, layers, train_flops
 from jaxunet.bench.setting import Setting, Timing
@@ -188,22 +189,33 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
-def test_each_strength_of_augmentation_is_timed_in_turn_with_none(monkeypatch):
-    pauses = {"none": 0.002, "flip": 0.002, "standard": 0.006, "strong": 0.01}
+def test_each_strength_of_augmentation_is_timed_in_turn_with_the_step(monkeypatch):
+    pauses = {"none": 0.02, "flip": 0.002, "standard": 0.006, "strong": 0.01}
+    names = {ranges: name for name, ranges in STRENGTHS.items()}
+
+    class Sleeping:
+        def compile(self, vary, outputs):
+            (recipe,) = vary.args
+            return lambda step, batch: time.sleep(pauses[names[recipe.augment]])
+
+        def split(self, batch):
+            return batch
+
+        replicate = split
 
     def make_step(strategy, config, mode, state, batch_size):
-        assert (mode, batch_size, state) == ("train", 4, "state")
+        assert (mode, batch_size) == ("train", 4)
         return lambda steps: time.sleep(steps * pauses[config.train.augment])
 
+    monkeypatch.setattr(measure, "make_strategy", lambda *_: Sleeping())
     monkeypatch.setattr(measure, "make_step", make_step)
-    monkeypatch.setattr(measure, "initial_state", lambda config: "state")
+    monkeypatch.setattr(measure, "initial_state", lambda config: None)
     setting = Setting(Config(train=TrainConfig(batch_size=4)), "jit", 1)
     found = measure.measure_augmentation(setting, Timing(rounds=5, seconds=0.01))
-    assert list(found) == list(pauses)
-    assert found["none"]["ratio_to_none"]["median"] == 1
-    ratios = [each["ratio_to_none"]["median"] for each in found.values()]
-    assert ratios[1] < ratios[2] < ratios[3]
-    assert found["strong"]["images_per_second"] < 4 / 0.01
+    assert list(found) == ["step", "flip", "standard", "strong"]
+    ratios = [each["ratio_to_step"]["median"] for each in found.values()]
+    assert ratios[1] < ratios[2] < ratios[3] < ratios[0] == 1
+    assert found["strong"]["images_per_second"] <= 4 / 0.01
 
 
 def test_what_has_no_pytorch_side_is_refused_before_anything_is_measured(tmp_path):
