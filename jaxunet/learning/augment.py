@@ -16,6 +16,14 @@ from jaxunet.model_config import EncoderName
 
 Images = UInt8[Array, "batch height width 3"]
 Masks = UInt8[Array, "batch height width 1"]
+Draws = Mapping[str, Float[Array, " batch"]]
+
+DRAWS = (
+    *("flip", "quarter_turns", "scale", "rotation", "shift_rows", "shift_columns"),
+    *("brightness", "contrast", "saturation", "hue", "blur", "noise"),
+    *("cutout_row", "cutout_column", "cutout"),
+)
+"""What is drawn for each picture, evenly from -1 to 1; 0 changes nothing."""
 
 
 def normalize(
@@ -82,23 +90,13 @@ def augment(
     if ranges in (STRENGTHS["none"], STRENGTHS["flip"]):
         return random_flip(keys, images, masks) if ranges.flip else (images, masks)
     keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    # From -1 to 1, where 0 changes nothing: that is what padding gets.
     drawn = jax.vmap(lambda key: jax.random.uniform(key, (len(DRAWS),), minval=-1))(keys)
+    # Padding gets 0 of everything.
     draws = dict(zip(DRAWS, jnp.where(real, drawn.T, 0), strict=True))
     mean = _mean_color(images)  # of the picture as it came: no wait for what is made of it
     if _moves(ranges):
         images, masks = _moved(ranges, draws, images, masks)
     return _recolored(ranges, draws, noise_keys, images, mean), masks
-
-
-DRAWS = (
-    *("flip", "quarter_turns", "scale", "rotation", "shift_rows", "shift_columns"),
-    *("brightness", "contrast", "saturation", "hue", "blur", "noise"),
-    *("cutout_row", "cutout_column", "cutout"),
-)
-"""What is drawn for each picture."""
-
-Draws = Mapping[str, Float[Array, " batch"]]
 
 
 def _moves(ranges: Ranges) -> bool:
