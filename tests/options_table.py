@@ -39,7 +39,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "clip_norm": (None, 1.0),
     "dtype": ("float32", "bfloat16"),
     "remat": (False, True),
-    "augment": ("none", "flip"),
+    "augment": ("none", "flip", "standard"),
     "killed": ("in an epoch", "after one"),
 }
 Row = dict[str, Any]
