@@ -17,7 +17,7 @@ from jaxunet.bench.exported import config_of, measure_exported
 from jaxunet.bench.feeding import make_preparation
 from jaxunet.bench.figures import draw
 from jaxunet.bench.kernels import profile, text
-from jaxunet.bench.measure import fits, measure_layers, measure_loops
+from jaxunet.bench.measure import fits, measure_augmentation, measure_layers, measure_loops
 from jaxunet.bench.products import matmul_rate
 from jaxunet.bench.race import measure_steps
 from jaxunet.bench.rounds import describe, time_rounds
@@ -177,6 +177,8 @@ def main() -> None:
         point: dict[str, Any] = {"setting": setting.record()}
         result["points"].append(point)
         measure_steps(setting, arguments, rate, point, save)
+        if "augmentation" in arguments.measure:
+            point["augmentation"] = measure_augmentation(setting, arguments)
         if loops:
             point |= measure_loops(setting, arguments)
         if "layers" in arguments.measure:

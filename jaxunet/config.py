@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jaxunet.augmentation_config import AugmentationConfig, Strength
 from jaxunet.model_config import ModelConfig
 from jaxunet.ranges import require, require_at_least, require_positive
 
@@ -198,8 +199,15 @@ class TrainConfig:
     GPU as in training, whose algorithms are searched for by then)."""
     loss: Literal["bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"] = "bce"
     """Loss function."""
-    augment: Literal["none", "flip"] = "flip"
-    """`flip`: horizontal flip with probability 0.5, as in the reference."""
+    augment: Strength = "flip"
+    """How far each picture is varied, anew at each step, on the device.
+    none: not at all.
+    flip: flipped left to right with probability 0.5, as in the reference.
+    standard: also turned by any angle, scaled by up to 1.25, shifted by up to 10%, its
+    brightness, contrast and saturation changed by up to 20%, its hue by 10 degrees.
+    strong: further (1.5, 15%, 30%, saturation 40%, 20 degrees), and blurred, with noise, and
+    a square of it hidden."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     threshold: float = 0.5
     """Probability above which a pixel counts as lesion."""
     seed: int = 0

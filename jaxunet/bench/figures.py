@@ -52,6 +52,8 @@ def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
                 for form, found in point[mode].get("pytorch", {}).items():
                     bars.append((f"{before}PyTorch {form}", found, ORANGE))
         if len(points) == 1:
+            for name, found in point.get("augmentation", {}).items():
+                bars.append(("train" if name == "step" else f"augment {name}", found, BLUE))
             if "pipeline" in point:
                 bars.append(("input pipeline alone", point["pipeline"], GREEN))
             for cache, found in point.get("training", {}).items():

@@ -1,17 +1,22 @@
 """The rest of a point of the benchmark: layers, the loops round the step, and what fits."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
+from jaxunet.augmentation_config import STRENGTHS, Strength
 from jaxunet.bench.feeding import make_pipeline, make_training
 from jaxunet.bench.products import convolutions, make_products
 from jaxunet.bench.rounds import Contestant, describe, exponent, ratio, spread, time_rounds
 from jaxunet.bench.setting import Setting, Timing
-from jaxunet.bench.steps import initial_state, make_step
+from jaxunet.bench.steps import initial_state, make_step, random_batch
+from jaxunet.config import Config
 from jaxunet.data import prepare
 from jaxunet.devices.strategies import make_strategy
+from jaxunet.learning.steps import make_recipe, varied
 
 CACHES: tuple[Literal["none", "host", "device"], ...] = ("none", "host", "device")
 
@@ -39,6 +44,50 @@ def measure_layers(setting: Setting, timing: Timing) -> list[dict[str, Any]]:
                 entry[product]["ratio"] = ratio(times["jaxunet"], times["pytorch"])
         found.append(entry)
     return found
+
+
+def measure_augmentation(setting: Setting, timing: Timing) -> dict[str, Any]:
+    """What each strength does before the train step, in turn with a step that varies nothing.
+
+    It is timed as a program of its own: as a part of the step it is less than what one step
+    differs from the next by.
+    """
+    batch_size = setting.config.train.batch_size
+
+    def at(strength: Strength) -> Config:
+        return replace(setting.config, train=replace(setting.config.train, augment=strength))
+
+    strategy = make_strategy(setting.parallel, jax.devices()[: setting.devices])
+    plain = at("none")
+    contestants: dict[str, Contestant] = {
+        "step": make_step(strategy, plain, "train", initial_state(plain), batch_size)
+    }
+    batch = strategy.split(random_batch(plain, batch_size))
+    step = strategy.replicate(np.int32(0))
+    for strength in STRENGTHS:
+        if strength != "none":
+            vary = partial(varied, make_recipe(at(strength)))
+            contestants[strength] = _repeated(
+                strategy.compile(vary, outputs="split"), step, batch
+            )
+    times = time_rounds(contestants, timing.rounds, timing.seconds)
+    return {
+        name: {
+            **describe(times[name], batch_size),
+            "ratio_to_step": ratio(times[name], times["step"]),
+        }
+        for name in contestants
+    }
+
+
+def _repeated(program: Any, *arguments: Any) -> Contestant:
+    def run(times: int) -> None:
+        for _ in range(times):
+            result = program(*arguments)
+        jax.block_until_ready(result)
+
+    run(1)
+    return run
 
 
 def measure_loops(setting: Setting, timing: Timing) -> dict[str, Any]:

@@ -5,7 +5,16 @@ from typing import Any, Literal
 
 from jaxunet.config import Config
 
-Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation", "layers"]
+Measure = Literal[
+    "train",
+    "eval",
+    "predict",
+    "augmentation",
+    "pipeline",
+    "training",
+    "preparation",
+    "layers",
+]
 Form = Literal["compile_channels_last", "channels_last", "graphs", "compile", "eager"]
 FORMS: tuple[Form, ...] = (
     *("compile_channels_last", "channels_last", "graphs", "compile", "eager"),
@@ -18,7 +27,8 @@ class Timing:
     """What is timed, against what, and for how long."""
 
     measure: tuple[Measure, ...] = ("train", "eval", "predict", "pipeline", "training")
-    """What to time: three kinds of step on a batch that lies on the devices; the input
+    """What to time: three kinds of step on a batch that lies on the devices; `augmentation`,
+    what each --train.augment does before the train step; the input
     `pipeline` alone; `training` end to end, under each --data.cache; `preparation` of data:
     decoding and resizing of large JPEGs; `layers`: every 3x3 convolution and its gradients."""
     against: Literal["nothing", "pytorch"] = "nothing"

@@ -43,6 +43,10 @@ def show(result: dict[str, Any]) -> None:
                 )
         for mode, reason in point.get("out_of_memory", {}).items():
             table.add_row(f"{mode} step, jaxunet", "", f"not run: {reason[:40]}")
+        for name, found in point.get("augmentation", {}).items():
+            over = found["ratio_to_step"]["median"]
+            what = "train step, augment none" if name == "step" else f"augment {name} alone"
+            row(table, f"{what}: {over:.3f} of the step", found)
         if "pipeline" in point:
             row(table, "input pipeline alone", point["pipeline"])
         for cache, found in point.get("training", {}).items():

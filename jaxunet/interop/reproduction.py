@@ -75,13 +75,14 @@ FOLLOWED = (
 
 def check_followed(config: Config) -> None:
     """Raise `ConfigError` unless `train_pytorch` does all that `config` asks for."""
+    flips_at_most = config.train.augment in ("none", "flip")
     asked = disagreement(
         to_dict(replace(Config(), data=config.data)),
         to_dict(config),
         recorded="--against pytorch, which trains the reference design by its own protocol "
         "(BCE, Adam),",
         there="what was asked",
-        ignore=FOLLOWED,
+        ignore=[f for f in FOLLOWED if f != "train.augment" or flips_at_most],
     )
     if asked:
         raise ConfigError(f"{asked} Leave that out, or --against.")

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from jaxunet.augmentation_config import STRENGTHS, Ranges
 from jaxunet.config import Config, ModelConfig, OptimizerConfig
-from jaxunet.learning.augment import example_keys, normalize, random_flip, seed_key
+from jaxunet.learning.augment import Images, Masks, augment, example_keys, normalize, seed_key
 from jaxunet.learning.losses import LOSSES, LossFn, lesion_logits
 from jaxunet.learning.metrics import confusion_counts
 from jaxunet.learning.optim import make_optimizer, update_ema
@@ -65,7 +66,7 @@ class Recipe:
     optimizer: optax.GradientTransformation
     loss: LossFn
     microbatches: int
-    flip: bool
+    augment: Ranges
     seed: int
     ema_decay: float | None
     threshold: float
@@ -92,7 +93,7 @@ def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
         config.model,
         config.optimizer,
         train.loss,
-        train.augment == "flip",
+        train.augmentation.ranges(train.augment),
         train.seed,
         train.threshold,
         total_steps,
@@ -107,7 +108,7 @@ def _make_recipe(
     model: ModelConfig,
     optimizer: OptimizerConfig,
     loss: str,
-    flip: bool,
+    augment: Ranges,
     seed: int,
     threshold: float,
     total_steps: int | None,
@@ -118,7 +119,7 @@ def _make_recipe(
         optimizer=make_optimizer(optimizer, total_steps, freeze_steps),
         loss=LOSSES[loss],
         microbatches=optimizer.accumulate_steps,
-        flip=flip,
+        augment=augment,
         seed=seed,
         ema_decay=optimizer.ema_decay,
         threshold=threshold,
@@ -150,6 +151,16 @@ def state_from_variables(recipe: Recipe, variables: Variables) -> TrainState:
     )
 
 
+def varied(recipe: Recipe, step: Int[Array, ""], batch: Batch) -> tuple[Images, Masks]:
+    """A shard's images and masks as the recipe varies them at `step`."""
+    images, masks = batch["image"], batch["mask"]
+    if recipe.augment == STRENGTHS["none"]:
+        return images, masks
+    places = jax.lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
+    keys = example_keys(seed_key(recipe.seed), step, places)
+    return augment(recipe.augment, keys, images, masks, batch["weight"] > 0)
+
+
 def train_step(
     recipe: Recipe, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -164,12 +175,7 @@ def train_step(
         The new state, and `loss`, `grad_norm` and `examples` (the sum of weights), all the
         same on every device.
     """
-    images, masks, weight = batch["image"], batch["mask"], batch["weight"] > 0
-    if recipe.flip:
-        first = jax.lax.axis_index(AXIS) * len(images)
-        places = first + jnp.arange(len(images))
-        keys = example_keys(seed_key(recipe.seed), state.step, places)
-        images, masks = random_flip(keys, images, masks)
+    images, masks, weight = *varied(recipe, state.step, batch), batch["weight"] > 0
 
     def summed_loss(
         params: Any, batch_stats: Any, images: Array, masks: Array, weight: Array

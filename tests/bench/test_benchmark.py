@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scripts import run as run_script
 
-from jaxunet.bench import products, rounds, steps
+from jaxunet.augmentation_config import STRENGTHS
+from jaxunet.bench import measure, products, rounds, steps
 from jaxunet.bench.flops import forward_flops, layers, train_flops
+from jaxunet.bench.setting import Setting, Timing
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.model import conv, winograd
@@ -185,6 +187,35 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     assert set(found["preparation"]) == {"full_decode", "one_core", "all_cores"}
     assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_each_strength_of_augmentation_is_timed_in_turn_with_the_step(monkeypatch):
+    pauses = {"none": 0.02, "flip": 0.002, "standard": 0.006, "strong": 0.01}
+    names = {ranges: name for name, ranges in STRENGTHS.items()}
+
+    class Sleeping:
+        def compile(self, vary, outputs):
+            (recipe,) = vary.args
+            return lambda step, batch: time.sleep(pauses[names[recipe.augment]])
+
+        def split(self, batch):
+            return batch
+
+        replicate = split
+
+    def make_step(strategy, config, mode, state, batch_size):
+        assert (mode, batch_size) == ("train", 4)
+        return lambda steps: time.sleep(steps * pauses[config.train.augment])
+
+    monkeypatch.setattr(measure, "make_strategy", lambda *_: Sleeping())
+    monkeypatch.setattr(measure, "make_step", make_step)
+    monkeypatch.setattr(measure, "initial_state", lambda config: None)
+    setting = Setting(Config(train=TrainConfig(batch_size=4)), "jit", 1)
+    found = measure.measure_augmentation(setting, Timing(rounds=5, seconds=0.01))
+    assert list(found) == ["step", "flip", "standard", "strong"]
+    ratios = [each["ratio_to_step"]["median"] for each in found.values()]
+    assert ratios[1] < ratios[2] < ratios[3] < ratios[0] == 1
+    assert found["strong"]["images_per_second"] <= 4 / 0.01
 
 
 def test_what_has_no_pytorch_side_is_refused_before_anything_is_measured(tmp_path):

@@ -103,6 +103,7 @@ SHORT = {
     "gains.py": [],
     "compare.py": [],
     "predict.py": [],
+    "show_augmentation.py": [*SMALL, "--pictures", 2, "--draws", 2],
     "reproduce.py": [*SMALL, *FEW, *TINY, *ONE_EPOCH],
     "import_pytorch.py": [*SMALL, "--train.eval-batch-size", 8],
     "export_pytorch.py": [],

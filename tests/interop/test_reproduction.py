@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scripts import run as run_script
 
+from jaxunet.augmentation_config import AugmentationConfig
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.errors import ConfigError, DataError, RunError
@@ -80,6 +81,7 @@ OTHERS = {  # of each field that has no obvious other value
     "clip_norm": 1.0, "accumulate_steps": 2, "ema_decay": 0.9, "extended_at": (3,),
     "num_logits": 2, "eval_batch_size": 8, "depth": 3, "width": 8,
     "learning_rate": 0.5, "threshold": 0.3, "weights": "imagenet",
+    "augmentation": AugmentationConfig(noise=0.1),
 }  # fmt: skip
 
 
@@ -111,6 +113,13 @@ def test_whatever_pytorchs_side_does_not_do_is_refused_by_name(section):
         else:
             with pytest.raises(ConfigError, match=re.escape(name)):
                 check_followed(config)
+
+
+@pytest.mark.parametrize("augment", ["standard", "strong"])
+def test_more_than_flips_has_no_side_of_pytorchs(augment):
+    config = Config(train=TrainConfig(augment=augment))
+    with pytest.raises(ConfigError, match=rf"train\.augment: 'flip' -> '{augment}'"):
+        check_followed(config)
 
 
 def test_what_can_not_succeed_is_said_before_anything_is_trained(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxunet.augmentation_config import Ranges
 from jaxunet.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.learning.augment import normalize
 from jaxunet.learning.losses import LOSSES
@@ -58,7 +59,7 @@ def recipe_of(norm="batch", **options):
         "optimizer": OPTIMIZER,
         "loss": LOSSES["bce"],
         "microbatches": 1,
-        "flip": False,
+        "augment": Ranges(),
         "seed": SEED,
         "ema_decay": None,
         "threshold": 0.5,
@@ -168,7 +169,10 @@ def test_two_updates_are_those_computed_by_hand(parts):
 
 
 def test_flips_follow_seed_step_and_place_in_the_global_batch():
-    recipe, batch = recipe_of(norm="none", flip=True, ema_decay=0.9), batch_of(8)
+    recipe, batch = (
+        recipe_of(norm="none", augment=Ranges(flip=True), ema_decay=0.9),
+        batch_of(8),
+    )
     first = start(recipe, 9)
     assert first.ema_stats is None
     state, metrics = on_shards(train_step, recipe, first, batch, 2)
@@ -322,9 +326,10 @@ def test_a_recipe_is_what_the_configuration_names():
     recipe = make_recipe(config, 2)
     assert recipe.model == UNet(config.model, AXIS)
     assert recipe.loss is LOSSES["bce_dice"]
-    assert (recipe.microbatches, recipe.flip, recipe.seed) == (3, False, 11)
+    assert (recipe.microbatches, recipe.augment, recipe.seed) == (3, Ranges(), 11)
     assert (recipe.ema_decay, recipe.threshold) == (0.7, 0.4)
-    assert make_recipe(replace(config, train=replace(config.train, augment="flip")), 2).flip
+    flipping = make_recipe(replace(config, train=replace(config.train, augment="flip")), 2)
+    assert flipping.augment == Ranges(flip=True)
     # A cosine of two updates; without a length, the rate stays.
     for given, rates in ((recipe, (0.5, 0.25)), (make_recipe(config), (0.5, 0.5))):
         state = given.optimizer.init(jnp.zeros(()))
