@@ -19,6 +19,7 @@ from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.interop.starting import weights_to_start_from
 from jaxunet.runs.evaluation import Evaluation
 from jaxunet.runs.loading import load
+from jaxunet.runs.starting import Given
 from jaxunet.runs.training import train
 
 
@@ -77,9 +78,9 @@ def test_a_run_starts_from_anothers_weights_and_says_so(config, data, first, tmp
     train(longer, data, run, resume=True, show_progress=False)
     assert record(run)["as_drawn"] == heads
 
-    other = replace(config, model=ModelConfig(width=3, depth=2))
-    with pytest.raises(DataError, match=r"Nothing of .*first fits this model"):
-        train(other, data, tmp_path / "other", init_from=given, show_progress=False)
+    other = Given({"params": {"head": {"kernel": np.ones((3, 1))}}}, "another", "")
+    with pytest.raises(DataError, match=r"Nothing of another fits this model"):
+        train(config, data, tmp_path / "other", init_from=other, show_progress=False)
 
 
 def test_pytorchs_weights_of_other_channels_are_taken_as_far_as_they_fit(tmp_path: Path):
