@@ -85,9 +85,10 @@ def settings(arguments: Arguments) -> list[Setting]:
         ConfigError: one of them can't be.
     """
     base, sweep, count = arguments.config, arguments.sweep, jax.device_count()
-    if base.optimizer.accumulate_steps > 1:
+    if base.parts_per_step > 1:
         raise ConfigError(
-            "The benchmark times one batch: leave optimizer.accumulate_steps at 1."
+            "The benchmark times one batch: leave optimizer.accumulate_steps and "
+            "train.microbatch alone."
         )
     found = []
     for batch_size, image_size, width, dtype, remat, parallel, devices in itertools.product(

@@ -25,6 +25,7 @@ from jaxunet.config import Config
 from jaxunet.devices import distributed
 from jaxunet.devices.startup import device_error, start
 from jaxunet.errors import ConfigError, JaxUNetError, Stopped
+from jaxunet.runs.record import load_config
 
 T = TypeVar("T")
 
@@ -83,14 +84,20 @@ def _expanded(value: Any) -> Any:
 
 
 def take_preset(args: list[str]) -> tuple[str | None, list[str]]:
-    """Split a leading preset name, if there is one, from the options after it.
+    """Split a leading preset, a name or a file, if there is one, from the options after it.
+
+    `--preset PRESET` at the start is the same.
 
     Raises:
         ConfigError: there is no such preset.
     """
+    if args[:1] == ["--preset"]:
+        args = args[1:]
+    elif args and args[0].startswith("--preset="):
+        args = [args[0].partition("=")[2], *args[1:]]
     if not args or args[0].startswith("-"):
         return None, args
-    if args[0] not in PRESETS:
+    if args[0] not in PRESETS and not _is_record(args[0]):
         near = difflib.get_close_matches(args[0], PRESETS, n=1, cutoff=0)
         raise ConfigError(
             f"There is no preset {args[0]!r}; did you mean {near[0]!r}? "
@@ -99,9 +106,19 @@ def take_preset(args: list[str]) -> tuple[str | None, list[str]]:
     return args[0], args[1:]
 
 
+def _is_record(name: str) -> bool:
+    return name.endswith(".json") or (Path(name) / "config.json").exists()
+
+
 def preset(name: str) -> Config:
-    """The configuration that `name` stands for."""
-    return PRESETS[name]()
+    """The configuration that `name` stands for, or that a run's config.json holds.
+
+    Raises:
+        RunError, ConfigError: there is no such file, or it is none of a run.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    return load_config(Path(name).expanduser())
 
 
 def print_scores(result: dict[str, Any]) -> None:
@@ -193,7 +210,7 @@ def _report(error: BaseException) -> int:
         error = JaxUNetError(f"{error.strerror}{where}. What was written before is whole.")
     status = 130 if isinstance(error, KeyboardInterrupt) else 1
     if isinstance(error, Stopped):  # which all processes are, at the same step
-        status = 128 + error.signal
+        status = 0 if error.signal is None else 128 + error.signal
     elif distributed.is_joined():
         distributed.fail(error, status)
     if isinstance(error, KeyboardInterrupt):
@@ -203,7 +220,7 @@ def _report(error: BaseException) -> int:
     elif not isinstance(error, JaxUNetError):
         raise error
     elif distributed.is_main():
-        _say(f"error: {error}")
+        _say(f"error: {error}" if status else str(error))
     distributed.finish()
     return status
 

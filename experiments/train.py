@@ -1,5 +1,6 @@
 """Train a U-Net: `train.py [PRESET] [--section.field VALUE ...] --out RUN`."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from presets import PRESETS
 from jaxunet.config import Config
 from jaxunet.data import prepare
 from jaxunet.devices import distributed, tuning
+from jaxunet.devices.startup import STARTED
+from jaxunet.errors import ConfigError
+from jaxunet.interop.starting import weights_to_start_from
 from jaxunet.pretrained.starting import starting_weights
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.record import (
@@ -30,6 +34,13 @@ class Arguments(tuning.Tuning, Config):
     """Run directory to write (none: runs/PRESET)."""
     resume: bool = False
     """Go on with the run in --out from its latest checkpoint, or start it if there is none."""
+    init_from: Path | None = None
+    """Fine-tune: start from the weights of this run directory or PyTorch file. Every tensor
+    whose name and shape fit is taken, the others stay as they are drawn. Not used once the run
+    has a checkpoint of its own."""
+    stop_after: str | None = None
+    """Save and end after so long, such as 30m, 1.5h or 900s, counted from the start of the
+    command; exit status 0. Go on with --resume."""
     accept_other_data: bool = False
     """With --resume: go on though the data are not those that the run was trained on."""
     parallel: Literal["pmap", "jit"] = "pmap"
@@ -42,17 +53,33 @@ class Arguments(tuning.Tuning, Config):
         return Config(self.data, self.model, self.optimizer, self.train)
 
 
+def seconds_of(text: str) -> float:
+    """`30m` and the like, in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not found or not float(found[1]):
+        raise ConfigError(
+            f"--stop-after is {text!r}, but must be a number with its unit: 900s, 30m, 1.5h."
+        )
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
     """The options, starting from a preset or from the run that is resumed."""
     name, rest = take_preset(words)
     start = preset(name or "demo")
-    described = f"Train a U-Net. PRESET is one of {', '.join(PRESETS)} (none: demo)."
+    described = (
+        f"Train a U-Net. PRESET is one of {', '.join(PRESETS)} (none: demo), or a run's "
+        "config.json: train like that one, but for what the options say."
+    )
     run = look_ahead(rest)
     if name is None and run.resume and run.out and (run.out / "config.json").exists():
         start = load_config(run.out)
     default = Arguments(start.data, start.model, start.optimizer, start.train)
     arguments = parse(Arguments, described, default, rest)
-    return arguments, arguments.out or Path("runs") / (name or "demo")
+    default_out = Path("runs") / (name or "demo")
+    if name not in (None, *PRESETS) and arguments.out is None:
+        raise ConfigError(f"Give --out: a run like {name} needs a folder of its own.")
+    return arguments, arguments.out or default_out
 
 
 def main() -> None:
@@ -62,10 +89,14 @@ def main() -> None:
     if arguments.distributed:
         distributed.initialize()
     config = config_of_main(lambda: arguments.config)
+    deadline = STARTED + seconds_of(arguments.stop_after) if arguments.stop_after else None
+    given = None
     # Whatever is wrong with --out or the weights is said before the data are prepared.
     with RunDirectory(out, config, resume=arguments.resume) as run:
         if not distributed.on_main(lambda: run.has_checkpoints, "looking for checkpoints"):
             starting_weights(config.model)
+            if arguments.init_from is not None:
+                given = weights_to_start_from(arguments.init_from)
     fingerprint = recorded_fingerprint(out)
     data = distributed.main_first(
         lambda: prepare(config.data, progress=distributed.is_main(), recorded=fingerprint),
@@ -78,6 +109,8 @@ def main() -> None:
         resume=arguments.resume,
         parallel=arguments.parallel,
         accept_other_data=arguments.accept_other_data,
+        init_from=given,
+        deadline=deadline,
     )
     if not distributed.is_main():
         return

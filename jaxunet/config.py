@@ -218,6 +218,13 @@ class TrainConfig:
     """Write the training loss to metrics.jsonl every so many steps."""
     best_metric: Literal["dice", "iou", "threshold_jaccard"] = "dice"
     """Per-image validation score by which the best checkpoint is kept."""
+    patience: int = 0
+    """End the run when best_metric has not risen for so many epochs, those before a resume
+    counted (0: never)."""
+    microbatch: int | None = None
+    """Compute train.batch_size in parts of so many images, one after another, in less memory:
+    the same loss and gradient to rounding, and batch norm's statistics of each part (none: in
+    one). It must divide train.batch_size."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "log_every"):
@@ -225,6 +232,14 @@ class TrainConfig:
         if self.eval_batch_size is not None:
             require_at_least("train.eval_batch_size", self.eval_batch_size, 1)
         require_at_least("train.checkpoint_every", self.checkpoint_every, 0)
+        require_at_least("train.patience", self.patience, 0)
+        part = self.batch_size if self.microbatch is None else self.microbatch
+        require(
+            part > 0 and self.batch_size % part == 0,
+            "train.microbatch",
+            part,
+            f"a divisor of train.batch_size ({self.batch_size})",
+        )
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "from 0 to 2**63 - 1")
         require(0 < self.threshold < 1, "train.threshold", self.threshold, "between 0 and 1")
 
@@ -248,3 +263,8 @@ class Config:
     def examples_per_step(self) -> int:
         """Images that one training step, which is one update, takes."""
         return self.train.batch_size * self.optimizer.accumulate_steps
+
+    @property
+    def parts_per_step(self) -> int:
+        """In how many parts a step computes them, one after another."""
+        return self.examples_per_step // (self.train.microbatch or self.train.batch_size)

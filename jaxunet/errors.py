@@ -26,8 +26,11 @@ class RunError(JaxUNetError, RuntimeError):
 
 
 class Stopped(RunError):
-    """The run was asked to stop, has saved, and can be resumed; `signal` says by what."""
+    """The run was asked to stop, has saved, and can be resumed; `signal` says by what.
 
-    def __init__(self, message: str, number: int):
+    None says that its own time limit did, which is no failure.
+    """
+
+    def __init__(self, message: str, number: int | None):
         super().__init__(message)
         self.signal = number

@@ -46,10 +46,10 @@ def estimate(
         the `dearest` operations; on a TPU also `estimated_cycles` and `by_kind` in cycles.
     """
     count, batch_size = len(topology.devices), config.train.batch_size
-    if config.optimizer.accumulate_steps > 1:
+    if config.parts_per_step > 1:
         raise ConfigError(
-            "The parts of an accumulated batch are one loop, whose turns the compiler does not "
-            "count: leave optimizer.accumulate_steps at 1."
+            "The parts of a batch are one loop, whose turns the compiler does not count: leave "
+            "optimizer.accumulate_steps and train.microbatch alone."
         )
     point: dict[str, Any] = {
         "setting": {
@@ -214,11 +214,18 @@ def weak_scaling(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def largest_batch(topology: Topology, config: Config, parallel: Parallel) -> dict[str, Any]:
-    """The largest training batch a device whose program fits its memory, by bisection."""
+    """The largest training batch a device whose program fits its memory, by bisection.
+
+    Returns:
+        `batch_size_per_device`, and where train.batch_size is larger than that on all devices
+        together `microbatch`, the largest part of it whose program fits; None if none does.
+    """
     count = len(topology.devices)
 
-    def fits(images: int) -> bool:
-        train = replace(config.train, batch_size=images * count)
+    def fits(images: int, whole: int | None = None) -> bool:
+        part = images * count
+        microbatch = None if whole is None else part
+        train = replace(config.train, batch_size=whole or part, microbatch=microbatch)
         compiled = compile_step(topology, replace(config, train=train), parallel, "train")
         return not isinstance(compiled, str) and memory(compiled, topology)["fits"]
 
@@ -228,7 +235,12 @@ def largest_batch(topology: Topology, config: Config, parallel: Parallel) -> dic
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return {"remat": config.model.remat, "batch_size_per_device": low}
+    found: dict[str, Any] = {"remat": config.model.remat, "batch_size_per_device": low}
+    if (whole := config.train.batch_size) > low * count:
+        parts = [n for n in range(low, 0, -1) if whole % (n * count) == 0]
+        fitting = next((n for n in parts if fits(n, whole)), None)
+        found["microbatch"] = None if fitting is None else fitting * count
+    return found
 
 
 def points_of(path: Path) -> list[dict[str, Any]]:

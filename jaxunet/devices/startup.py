@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,20 @@ import platformdirs
 from jaxunet.devices import libtpu
 from jaxunet.errors import ConfigError
 from jaxunet.model import cpu
+
+
+def _started() -> float:
+    """When this process started; where that can't be told, now."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        age = 0.0
+    return time.monotonic() - age
+
+
+STARTED = _started()
+"""By `time.monotonic`: Python's start and what it imported before this count, too."""
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

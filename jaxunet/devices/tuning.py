@@ -119,7 +119,8 @@ def eval_batch_size(train: TrainConfig) -> int:
     if train.eval_batch_size is not None:
         return train.eval_batch_size
     # A search is for one shape; that of training's batches is done.
-    return train.batch_size if jax.devices()[0].platform == "gpu" else 4
+    whole = train.microbatch or train.batch_size
+    return whole if jax.devices()[0].platform == "gpu" else 4
 
 
 def on_gpu() -> bool:

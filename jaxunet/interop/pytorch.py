@@ -1,9 +1,10 @@
 """PyTorch state dicts to and from jaxunet's variables, tensor by tensor, bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from jaxunet.config import ModelConfig
 from jaxunet.errors import DataError
@@ -80,15 +81,39 @@ def variables_from_state_dict(
             f"{config.depth} levels, but: {'; '.join(problems[:LISTED])}"
             + (f"; and {more} more." if more > 0 else ".")
         )
-    variables: dict[str, Any] = {}
-    for entry in expected.values():
-        if entry.path:
-            *folders, leaf = entry.path
-            place = variables
-            for folder in folders:
-                place = place.setdefault(folder, {})
-            place[leaf] = _to_variable(entry, state[entry.name])
-    return config, layout, variables
+    return config, layout, _tree(expected.values(), state)
+
+
+def fitting_variables(state: State) -> tuple[dict[str, Any], list[str]]:
+    """The variables that those tensors stand for which a U-Net here can take, and the others'
+    names: of a network for another number of channels or of classes, say.
+
+    Raises:
+        DataError: the layout is unknown.
+    """
+    heads = ("out.", "outc.")
+    shapes = {
+        name: tensor.shape
+        for name, tensor in state.items()
+        if not (name.startswith(heads) and tensor.shape[:1] not in ((1,), (2,)))
+    }
+    layout, config = recognize(shapes)
+    fitting = [
+        entry
+        for entry in entries(layout, config)
+        if entry.path
+        and shapes.get(entry.name) == entry.shape
+        and not _wrong_values(entry, state[entry.name])
+    ]
+    taken = {entry.name for entry in fitting}
+    return _tree(fitting, state), [shown(name) for name in state if name not in taken]
+
+
+def _tree(fitting: Iterable[Entry], state: State) -> dict[str, Any]:
+    variables: dict[tuple[str, ...], np.ndarray] = {
+        entry.path: _to_variable(entry, state[entry.name]) for entry in fitting if entry.path
+    }
+    return traverse_util.unflatten_dict(variables)
 
 
 def counters(state: State) -> dict[str, int]:

@@ -107,7 +107,7 @@ def export_weights(run: Path, path: Path, which: Which = "latest") -> LayoutName
         model.variables,
         layout,
         counted=_counted(run),
-        steps=model.step * model.config.optimizer.accumulate_steps,
+        steps=model.step * model.config.parts_per_step,
     )
     save_weights(path, state)
     return layout

@@ -96,6 +96,7 @@ def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
         train.augmentation.ranges(train.augment),
         train.seed,
         train.threshold,
+        config.parts_per_step,
         total_steps,
         round(config.optimizer.freeze_epochs * (total_steps or 0) / train.epochs),
     )
@@ -111,6 +112,7 @@ def _make_recipe(
     augment: Ranges,
     seed: int,
     threshold: float,
+    microbatches: int,
     total_steps: int | None,
     freeze_steps: int,
 ) -> Recipe:
@@ -118,7 +120,7 @@ def _make_recipe(
         model=make_unet(model, AXIS),
         optimizer=make_optimizer(optimizer, total_steps, freeze_steps),
         loss=LOSSES[loss],
-        microbatches=optimizer.accumulate_steps,
+        microbatches=microbatches,
         augment=augment,
         seed=seed,
         ema_decay=optimizer.ema_decay,

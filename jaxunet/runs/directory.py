@@ -1,7 +1,8 @@
 """A run's directory: what it holds, who may write to it, and what it may go on with.
 
 config.json      configuration, versions, devices, git commit, dataset, which other data were
-                 accepted later, and the source, SHA-256 and licence of pretrained weights
+                 accepted later, and the source, SHA-256 and licence of pretrained weights or
+                 of those that it was fine-tuned from
 metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
 tensorboard/     the same as event files
 checkpoints/     see `jaxunet.runs.checkpoint`
@@ -42,6 +43,7 @@ CONTINUABLE = (
     "train.epochs",
     "train.checkpoint_every",
     "train.eval_batch_size",
+    "train.patience",
     "optimizer.extend",  # what it changes, and whether it may, is said by `extend_schedule`
     "optimizer.extended_at",
     "data.dir",
@@ -76,6 +78,7 @@ class RunDirectory:
         self._recorded = config  # what that record says of it
         self._data: dict[str, Any] = {}  # what is to be recorded of the data
         self.weights: dict[str, str] | None = None  # what it is made from, for the record
+        self.init_from: dict[str, Any] | None = None
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
     def _take(self, resume: bool) -> None:
@@ -209,6 +212,8 @@ class RunDirectory:
         record |= self._data if dataset is None else {"dataset": dataset}
         if weights := self.weights or self._record.get("weights"):
             record["weights"] = weights
+        if init_from := self.init_from or self._record.get("init_from"):
+            record["init_from"] = init_from
         record["has_checkpoints"] = bool(self._steps())
         write_json(self.path / "config.json", record)
 

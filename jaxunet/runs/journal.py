@@ -33,6 +33,8 @@ class Position:
     seconds: float = 0.0  # of training and evaluation, over all restarts
     batches_per_epoch: int | None = None  # which other data change
     shift: int = 0  # number of a batch in the order of the data, less its step
+    best_score: float | None = None  # of train.best_metric, and after which epoch it rose last
+    best_epoch: int = 0
 
 
 class Journal:
@@ -106,6 +108,9 @@ class Journal:
         self._write(step, epoch, "train", {"epoch_mean_loss": train_loss})
         position.epoch_loss = position.epoch_examples = 0.0
         position.evaluated_epochs = epoch
+        score = evaluation.scores["per_image"][self._config.train.best_metric]
+        if position.best_score is None or score > position.best_score:
+            position.best_score, position.best_epoch = score, epoch
         return train_loss
 
     def say_epoch(self, step: int, train_loss: float, evaluation: Evaluation) -> None:

@@ -13,13 +13,13 @@ from jaxunet.provenance import disagreement
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """All that a run's config.json holds.
+    """All that a run's config.json holds; `run` may be such a file.
 
     Raises:
         RunError: `run` is no run directory.
         ConfigError: its config.json is damaged.
     """
-    path = run / "config.json"
+    path = run if run.suffix == ".json" else run / "config.json"
     try:
         contents = path.read_bytes()
     except OSError as error:

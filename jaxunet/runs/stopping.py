@@ -3,9 +3,11 @@
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,7 +17,11 @@ import numpy as np
 
 from jaxunet.devices.distributed import is_joined
 from jaxunet.devices.strategies import Strategy
+from jaxunet.errors import Stopped
 from jaxunet.learning.steps import AXIS
+
+TIME_IS_UP = 128
+"""Stands among the signals' numbers, which are lower, for a time limit of the run's own."""
 
 VOTES_IN_FLIGHT = 2  # counted so many later, so that no step waits for a vote
 
@@ -72,18 +78,20 @@ class StopVote:
     looked at `VOTES_IN_FLIGHT` calls later.
     """
 
-    def __init__(self, strategy: Strategy, received: list[int]):
-        """Args: received: filled by `stop_requests`."""
-        self._strategy, self._received = strategy, received
+    def __init__(self, strategy: Strategy, received: list[int], deadline: float | None = None):
+        """Args: received: filled by `stop_requests`. deadline: of `time.monotonic`."""
+        self._strategy, self._received, self._deadline = strategy, received, deadline
         self._cast: deque[Any] = deque()
         self._agreed = 0
         self._step = strategy.compile(_highest, outputs="replicated")
 
     def __call__(self) -> int:
-        """The number of the signal to stop for, or 0; all processes must call alike."""
+        """The signal to stop for, `TIME_IS_UP`, or 0; all processes must call alike."""
         if self._agreed:
             return self._agreed
         mine = self._received[0] if self._received else 0
+        if not mine and self._deadline is not None and time.monotonic() >= self._deadline:
+            mine = TIME_IS_UP
         if not is_joined():
             self._agreed = mine
             return mine
@@ -96,3 +104,14 @@ class StopVote:
 
 def _highest(_: tuple[()], ballots: jax.Array) -> jax.Array:
     return jax.lax.pmax(jnp.max(ballots), AXIS)
+
+
+def stopped(number: int, step: int, total_steps: int, run: Path) -> Stopped:
+    """The error that ends a run which `StopVote` stopped and which is saved."""
+    timed = number == TIME_IS_UP
+    by = "its time limit" if timed else signal.Signals(number).name
+    return Stopped(
+        f"Stopped by {by} after step {step} of {total_steps}, which is saved. Go on with the "
+        f"same command and --resume --out {run}.",
+        None if timed else number,
+    )

@@ -1,6 +1,5 @@
 """The training loop: joins the pure steps with data, devices, checkpoints and logs."""
 
-import signal
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jax
-import numpy as np
 
 from jaxunet.config import Config
 from jaxunet.config_json import to_dict
@@ -20,23 +18,21 @@ from jaxunet.devices.distributed import is_main
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.devices.strategies import check_divisible, make_strategy
-from jaxunet.errors import RunError, Stopped
+from jaxunet.errors import RunError
 from jaxunet.learning.steps import (
     TrainState,
     eval_step,
-    init_state,
     make_recipe,
-    state_from_variables,
     train_step,
 )
-from jaxunet.pretrained.starting import starting_weights, with_encoder
 from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
 from jaxunet.runs.journal import Journal, Position
 from jaxunet.runs.loading import compile_masks
 from jaxunet.runs.reporting import write_figures, write_summary
-from jaxunet.runs.stopping import StopVote, stop_requests
+from jaxunet.runs.starting import Given, latest, start
+from jaxunet.runs.stopping import StopVote, stop_requests, stopped
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,8 @@ class Trainer:
         parallel: Literal["pmap", "jit"] = "pmap",
         show_progress: bool = True,
         accept_other_data: bool = False,
+        init_from: Given | None = None,
+        deadline: float | None = None,
     ):
         check_hosts(config, data)
         run.check_data(
@@ -77,7 +75,8 @@ class Trainer:
         check_divisible("train.batch_size", config.train.batch_size, devices)
         self.eval_batch_size = tuning.eval_batch_size(config.train)
         check_divisible("train.eval_batch_size", self.eval_batch_size, devices)
-        self.data, self.run = data, run
+        check_divisible("train.microbatch", config.train.microbatch or devices, devices)
+        self.data, self.run, self.deadline = data, run, deadline
         self.show_progress = show_progress and is_main()
         if is_main():
             say_if_loops_are_off()
@@ -100,7 +99,7 @@ class Trainer:
         with ExitStack() as undo:
             undo.callback(self.checkpoints.close)
             self.has_checkpoints = bool(self.checkpoints.steps())
-            self.step, self.state, self.position = self._restore()
+            self.step, self.state, self.position = self._restore(init_from)
             self.first_step = self.step
             self.total_steps = self._steps_until(config.train.epochs)
             if self.step > self.total_steps:
@@ -155,7 +154,9 @@ class Trainer:
             )
             with closing(journal), stop_requests() as received:
                 self._compilation.finish()
-                evaluation = self._train(journal, StopVote(self.strategy, received))
+                evaluation = self._train(
+                    journal, StopVote(self.strategy, received, self.deadline)
+                )
                 return self._finish(journal, evaluation)
 
     def _train(self, journal: Journal, stop_vote: StopVote) -> Evaluation:
@@ -163,7 +164,8 @@ class Trainer:
         # Without compilation every constant of a step is a transfer of its own.
         settings: Any = jax.config
         guard = "allow" if settings.jax_disable_jit else "disallow"
-        while (epoch := self.position.evaluated_epochs + 1) <= self.config.train.epochs:
+        while not self._is_over():
+            epoch = self.position.evaluated_epochs + 1
             last = self._steps_until(epoch)
             with journal.epoch(self.step):
                 while self.step < last:
@@ -189,27 +191,21 @@ class Trainer:
         # Resumed after the last epoch was evaluated, there is no evaluation yet.
         return evaluation or self._evaluate(journal)
 
-    def _restore(self) -> tuple[int, TrainState, Position]:
+    def _is_over(self) -> bool:
+        """Whether all epochs are done, or `train.patience` is at its end."""
+        done, train = self.position.evaluated_epochs, self.config.train
+        waited = done - self.position.best_epoch
+        return done >= train.epochs or 0 < train.patience <= waited
+
+    def _restore(self, init_from: Given | None) -> tuple[int, TrainState, Position]:
         """Steps done, the state on the devices, and the position; from the start if need be."""
-        per_epoch = self.order.batches_per_epoch
-        recipe = make_recipe(self.config)
-        state = jax.tree.map(np.asarray, init_state(recipe))
-        if not self.has_checkpoints:
-            if weights := starting_weights(self.config.model):
-                self.run.weights = weights.record
-                started = with_encoder(state.variables, weights.variables)
-                state = state_from_variables(recipe, started)
-            return 0, self.strategy.replicate(state), Position(batches_per_epoch=per_epoch)
-        step, state, record = self.checkpoints.restore("latest", state)
-        del record["config"]
-        position = Position(**record)
-        if position.batches_per_epoch not in (None, per_epoch):
-            # Other data, whose epochs have another length, begin with an epoch.
-            next_batch = position.evaluated_epochs * per_epoch
-            position.loader = {"next_batch": next_batch}
-            position.epoch_loss = position.epoch_examples = 0.0
-            position.shift = next_batch - step
-        position.batches_per_epoch = per_epoch
+        recipe, per_epoch = make_recipe(self.config), self.order.batches_per_epoch
+        if self.has_checkpoints:
+            step, state, position = latest(self.checkpoints, recipe, per_epoch)
+        else:
+            begun = start(recipe, self.config.model, init_from, show=self.show_progress)
+            self.run.weights, self.run.init_from = begun.weights, begun.init_from
+            step, state, position = 0, begun.state, Position(batches_per_epoch=per_epoch)
         return step, self.strategy.replicate(state), position
 
     def _steps_until(self, epoch: int) -> int:
@@ -250,12 +246,7 @@ class Trainer:
 
     def _stop(self, number: int) -> NoReturn:
         self.checkpoints.wait()
-        raise Stopped(
-            f"Stopped by {signal.Signals(number).name} after step {self.step} of "
-            f"{self.total_steps}, which is saved. Go on with the same command and --resume "
-            f"--out {self.run.path}.",
-            number,
-        )
+        raise stopped(number, self.step, self.total_steps, self.run.path)
 
     def _finish(self, journal: Journal, evaluation: Evaluation) -> Outcome:
         """Write summary.json and the figures."""
@@ -266,9 +257,9 @@ class Trainer:
             evaluation,
             dataset=dataset,
             step=self.step,
-            epoch=train.epochs,
+            epoch=(epochs := self.position.evaluated_epochs),
             wall_seconds=seconds,
-            images_per_second=len(self.train_feed) * train.epochs / seconds,
+            images_per_second=len(self.train_feed) * epochs / seconds,
         )
         best = self.checkpoints.step_of("best")
         summary["best"] = {"metric": train.best_metric, "step": best}
@@ -282,7 +273,7 @@ class Trainer:
             evaluation.counts,
             self.validation_feed.source,
             self.config,
-            title=f"{dataset['name']} {dataset['split']}, after {train.epochs} epochs: "
+            title=f"{dataset['name']} {dataset['split']}, after {epochs} epochs: "
             f"mean Dice {evaluation.scores['per_image']['dice']:.3f}",
         )
         return Outcome(host, summary, pictures)
@@ -297,6 +288,8 @@ def train(
     parallel: Literal["pmap", "jit"] = "pmap",
     show_progress: bool = True,
     accept_other_data: bool = False,
+    init_from: Given | None = None,
+    deadline: float | None = None,
 ) -> Outcome:
     """Train `config` on `data` in the run directory `out`; see `Trainer.train`.
 
@@ -306,6 +299,8 @@ def train(
     Args:
         resume: go on with the run in `out`, if there is one.
         accept_other_data: go on with other data than the run was trained on, and record it.
+        init_from: weights to start from where the run has no checkpoint yet.
+        deadline: time of `time.monotonic` at which to save and stop.
     """
     with RunDirectory(Path(out), config, resume=resume) as run:
         trainer = Trainer(
@@ -315,5 +310,7 @@ def train(
             parallel=parallel,
             show_progress=show_progress,
             accept_other_data=accept_other_data,
+            init_from=init_from,
+            deadline=deadline,
         )
         return trainer.train()

@@ -16,14 +16,14 @@ from jaxunet.data import prepare
 from jaxunet.devices import compiling
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.strategies import make_strategy
-from jaxunet.errors import ConfigError, RunError
+from jaxunet.errors import ConfigError, RunError, Stopped
 from jaxunet.learning.steps import eval_step
 from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import evaluate
 from jaxunet.runs.loading import load
 from jaxunet.runs.record import load_config, read_metrics
-from jaxunet.runs.training import Stopped, Trainer, train
+from jaxunet.runs.training import Trainer, train
 
 EPOCHS, STEPS_PER_EPOCH = 2, 3
 

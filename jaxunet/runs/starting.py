@@ -1,0 +1,139 @@
+"""What a run starts from: drawn weights, a pretrained encoder's, another network's, or its own
+latest checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from jaxunet.bars import say
+from jaxunet.config import ModelConfig
+from jaxunet.errors import DataError
+from jaxunet.learning.steps import Recipe, TrainState, init_state, state_from_variables
+from jaxunet.pretrained.starting import starting_weights, with_encoder
+from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.journal import Position
+
+LISTED = 8
+"""Names of tensors that were not taken which a record and a message hold of each kind."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights to fine-tune.
+
+    Attributes:
+        variables: `params` and `batch_stats` of a U-Net, on the host.
+        source: the file or run directory they are of.
+        sha256: of the file, or of the checkpoint's arrays.
+        unusable: what of the source is none of `variables`, by the source's own names.
+    """
+
+    variables: Mapping[str, Any]
+    source: str
+    sha256: str
+    unusable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state before the first step, and for the run's record what it was made from."""
+
+    state: TrainState
+    weights: dict[str, str] | None
+    init_from: dict[str, Any] | None
+
+
+def start(
+    recipe: Recipe, config: ModelConfig, given: Given | None = None, *, show: bool = False
+) -> Start:
+    """The state before the first step, on the host.
+
+    Args:
+        show: say what was taken of `given`.
+
+    Raises:
+        ConfigError, DataError: `config.weights` can't be had; see `starting_weights`.
+        DataError: nothing of `given` fits.
+    """
+    state = jax.tree.map(np.asarray, init_state(recipe))
+    variables, weights, record = state.variables, None, None
+    if pretrained := starting_weights(config):
+        variables, weights = with_encoder(variables, pretrained.variables), pretrained.record
+    if given is not None:
+        variables, record = with_fitting(variables, given)
+        if show:
+            say(in_words(record))
+    if weights or record:
+        state = jax.tree.map(np.asarray, state_from_variables(recipe, variables))
+    return Start(state, weights, record)
+
+
+def latest(
+    checkpoints: Checkpoints, recipe: Recipe, batches_per_epoch: int
+) -> tuple[int, TrainState, Position]:
+    """Steps done, the state on the host, and where the run stands at its latest checkpoint."""
+    like = jax.tree.map(np.asarray, init_state(recipe))
+    step, state, record = checkpoints.restore("latest", like)
+    del record["config"]
+    position = Position(**record)
+    if position.batches_per_epoch not in (None, batches_per_epoch):
+        # Other data, whose epochs have another length, begin with an epoch.
+        next_batch = position.evaluated_epochs * batches_per_epoch
+        position.loader = {"next_batch": next_batch}
+        position.epoch_loss = position.epoch_examples = 0.0
+        position.shift = next_batch - step
+    position.batches_per_epoch = batches_per_epoch
+    if position.best_score is None:  # of a version that did not note it: patience begins here
+        position.best_epoch = position.evaluated_epochs
+    return step, state, position
+
+
+def with_fitting(
+    variables: Mapping[str, Any], given: Given
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`variables` with every tensor of `given` whose name and shape fit, and the record of it.
+
+    Raises:
+        DataError: none fits.
+    """
+    own, theirs = (
+        traverse_util.flatten_dict(dict(tree), sep="/") for tree in (variables, given.variables)
+    )
+    taken = {name for name in own if np.shape(own[name]) == np.shape(theirs.get(name))}
+    other_shape = sorted(name for name in own if name in theirs and name not in taken)
+    missing = sorted(name for name in own if name not in theirs)
+    unused = sorted(name for name in theirs if name not in own)
+    if not taken:
+        raise DataError(
+            f"Nothing of {given.source} fits this model: of its {len(theirs)} tensors none has "
+            f"the name and the shape of one here (there {_some(sorted(theirs))}; here "
+            f"{_some(sorted(own))}). Choose the model that it is of, by --model options."
+        )
+    merged = {name: theirs[name] if name in taken else own[name] for name in own}
+    record = {
+        "source": given.source,
+        "sha256": given.sha256,
+        "taken": len(taken),
+        "as_drawn": [f"{name} (other shape)" for name in other_shape] + missing,
+        "left_over": [*unused, *given.unusable],
+    }
+    return traverse_util.unflatten_dict(merged, sep="/"), record
+
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """A few lines on what `with_fitting` took, for the user."""
+    lines = [f"From {record['source']}: {record['taken']} tensors taken"]
+    if record["as_drawn"]:
+        lines.append(f"  stay as drawn: {_some(record['as_drawn'])}")
+    if record["left_over"]:
+        lines.append(f"  of it left over: {_some(record['left_over'])}")
+    return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
