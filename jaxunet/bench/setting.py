@@ -42,8 +42,16 @@ class Setting:
     parallel: Literal["pmap", "jit"]
     devices: int
 
+    @property
+    def network(self) -> str:
+        model = self.config.model
+        if model.encoder == "plain":
+            return f"width {model.width}"
+        return f"{model.encoder}, decoder {model.decoder_width}"
+
     def record(self) -> dict[str, Any]:
         return {
+            "network": self.network,
             "batch_size": self.config.train.batch_size,
             "image_size": self.config.data.image_size,
             "width": self.config.model.width,
