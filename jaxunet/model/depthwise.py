@@ -81,7 +81,7 @@ def _grouped(x: Image, kernel: Kernel, *, stride: int, padding: Padding) -> Imag
 def _loops_can(x: Image, stride: int) -> bool:
     """Whether `jaxunet.model.cpu` takes images, or gradients, such as `x`."""
     fits = x.dtype == jnp.float32 and 0 not in x.shape and stride in (1, 2)
-    return fits and cpu.blocks() is not None
+    return fits and cpu.blocks_with_depthwise() is not None
 
 
 def _call(
@@ -92,7 +92,7 @@ def _call(
     stride: int,
     padding: Padding,
 ) -> Array:
-    blocks = cpu.blocks()
+    blocks = cpu.blocks_with_depthwise()
     assert blocks is not None  # by `_loops_can`
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
     call = jax.ffi.ffi_call(blocks.target(name), result, vmap_method="sequential")

@@ -1,9 +1,6 @@
 """Encoders beside timm's: maps, gradients, batch norm's statistics, and real weights."""
 
-import importlib
-import sys
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import traverse_util
+from timm_models import timm
 
 from jaxunet.config import ModelConfig
 from jaxunet.data.drawing import draw
@@ -22,14 +20,6 @@ from jaxunet.pretrained.names import layers_of
 from jaxunet.pretrained.renaming import encoder_variables, names_of
 from jaxunet.pretrained.sources import SOURCES
 from jaxunet.pretrained.starting import starting_weights
-
-try:
-    importlib.import_module("torchvision")
-except (ImportError, RuntimeError):  # it may be built for another PyTorch
-    # timm asks for these when it is imported; of the models here none uses them.
-    for name in ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
-        sys.modules[f"torchvision{name}"] = mock.MagicMock()
-import timm
 
 TIMM: dict[EncoderName, str] = {
     "efficientnet_lite0": "tf_efficientnet_lite0",

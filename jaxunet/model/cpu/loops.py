@@ -24,14 +24,16 @@ from jaxunet.model.cpu.registers import Blocks
 CONV = "jaxunet.conv3x3.1"
 INPUT_GRADIENT = "jaxunet.conv3x3_input_gradient.1"
 KERNEL_GRADIENT = "jaxunet.conv3x3_kernel_gradient.1"
+CONV_NAMES = (CONV, INPUT_GRADIENT, KERNEL_GRADIENT)
 DEPTHWISE = "jaxunet.depthwise.1"
 DEPTHWISE_INPUT_GRADIENT = "jaxunet.depthwise_input_gradient.1"
 DEPTHWISE_KERNEL_GRADIENT = "jaxunet.depthwise_kernel_gradient.1"
+DEPTHWISE_NAMES = (DEPTHWISE, DEPTHWISE_INPUT_GRADIENT, DEPTHWISE_KERNEL_GRADIENT)
 """Names of the functions; the number changes with what they take and give."""
 
 
 def build(blocks: Blocks) -> ir.Module:
-    """LLVM's code of all loops, as functions that XLA can call."""
+    """LLVM's code of the 3x3 convolution's loops, as functions that XLA can call."""
     module = ir.Module("jaxunet")
     conv, input_gradient = (conv_item(module, blocks, turned=t) for t in (False, True))
     share = partial(share_conv, blocks)
@@ -40,6 +42,12 @@ def build(blocks: Blocks) -> ir.Module:
     kernel_gradient = kernel_gradient_item(module, blocks)
     share = partial(share_kernel_gradient, blocks)
     add_call(module, blocks.target(KERNEL_GRADIENT), kernel_gradient, share)
+    return module
+
+
+def build_depthwise(blocks: Blocks) -> ir.Module:
+    """LLVM's code of the depthwise convolution's."""
+    module = ir.Module("jaxunet.depthwise")
     attributes = ("size", "stride", "top", "left")
     for name, back in ((DEPTHWISE, False), (DEPTHWISE_INPUT_GRADIENT, True)):
         item = depthwise_item(module, blocks, back=back)
@@ -48,9 +56,3 @@ def build(blocks: Blocks) -> ir.Module:
     share = partial(share_depthwise_kernel_gradient, blocks)
     add_call(module, blocks.target(DEPTHWISE_KERNEL_GRADIENT), item, share, attributes)
     return module
-
-
-NAMES = (
-    *(CONV, INPUT_GRADIENT, KERNEL_GRADIENT),
-    *(DEPTHWISE, DEPTHWISE_INPUT_GRADIENT, DEPTHWISE_KERNEL_GRADIENT),
-)
