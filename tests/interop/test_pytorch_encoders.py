@@ -1,4 +1,4 @@
-import builtins
+import sys
 
 import jax
 import numpy as np
@@ -39,15 +39,8 @@ def test_the_same_weights_give_the_same_logits() -> None:
 
 
 def test_where_timm_is_missing_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_timm(name, *rest):
-        if name == "timm":
-            raise ImportError("No module named 'timm'")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_timm)
-    with pytest.raises(ConfigError, match="is timm's, .* pip install timm"):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigError, match=r"is timm's, .* pip install timm"):
         make_pytorch_model(CONFIG)
 
 
