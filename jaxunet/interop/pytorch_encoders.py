@@ -71,7 +71,8 @@ class EncoderUNet(nn.Module):
         if any(missing):
             rows, columns = ((count // 2, count - count // 2) for count in missing)
             x = nn.functional.pad(x, (*columns, *rows))
-        *skips, x = [None, *self.encoder(x)]
+        maps: list[Tensor] = self.encoder(x)
+        x, skips = maps[-1], [None, *maps[:-1]]
         for level in reversed(range(len(skips))):
             x = getattr(self.decoder, f"level_{level}")(x, skips[level])
         return center_crop(self.head(x), height, width)
@@ -107,7 +108,7 @@ def make_pytorch_model(config: ModelConfig) -> nn.Module:
             f"imported ({error}): python -m pip install timm, or leave out --against."
         ) from error
     name = f"tf_{config.encoder}" if config.encoder in LITES else config.encoder
-    encoder = timm.create_model(name, features_only=True)
+    encoder: Any = timm.create_model(name, features_only=True)
     return EncoderUNet(encoder, encoder.feature_info.channels(), config.decoder_width)
 
 

@@ -33,7 +33,9 @@ def test_the_same_weights_give_the_same_logits() -> None:
     load_variables(model, CONFIG, variables)
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2)))
-    found = np.asarray(jax.jit(unet.apply)(variables, x)).transpose(0, 3, 1, 2)
+    program = jax.jit(unet.apply).lower(variables, x)
+    quickly = program.compile({"xla_backend_optimization_level": 0})
+    found = np.asarray(quickly(variables, x)).transpose(0, 3, 1, 2)
     assert found.std() > 0.1
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4 * np.abs(found).max())
 
