@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxunet.config import Config
+from jaxunet.config import Config, ModelConfig
 
 Measure = Literal["train", "eval", "predict", "pipeline", "training", "preparation", "layers"]
 Form = Literal["compile_channels_last", "channels_last", "graphs", "compile", "eager"]
@@ -34,6 +34,13 @@ class Timing:
     """Length of a round."""
 
 
+def network_of(model: ModelConfig) -> str:
+    """In a few words which network is timed."""
+    if model.encoder == "plain":
+        return f"width {model.width}"
+    return f"{model.encoder}, decoder {model.decoder_width}"
+
+
 @dataclass(frozen=True)
 class Setting:
     """One point of the sweep."""
@@ -42,16 +49,9 @@ class Setting:
     parallel: Literal["pmap", "jit"]
     devices: int
 
-    @property
-    def network(self) -> str:
-        model = self.config.model
-        if model.encoder == "plain":
-            return f"width {model.width}"
-        return f"{model.encoder}, decoder {model.decoder_width}"
-
     def record(self) -> dict[str, Any]:
         return {
-            "network": self.network,
+            "network": network_of(self.config.model),
             "batch_size": self.config.train.batch_size,
             "image_size": self.config.data.image_size,
             "width": self.config.model.width,
