@@ -138,9 +138,9 @@ def main() -> None:
     tf32 = use_tf32(arguments.tf32, pytorch=bool(against))
     points = settings(arguments)
     if against:  # before any long work starts
-        from jaxunet.interop.pytorch_unet import make_pytorch_unet
+        from jaxunet.interop.pytorch_encoders import make_pytorch_model
 
-        make_pytorch_unet(replace(arguments.model, dtype="float32", remat=False))
+        make_pytorch_model(replace(arguments.model, dtype="float32", remat=False))
     files = {path: config_of(arguments.config, path) for path in arguments.exported}
     dtypes = sorted({point.config.model.dtype for point in points})
     seconds = min(0.3, arguments.seconds)

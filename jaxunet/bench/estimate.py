@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxunet.bench.program import KINDS, Operation, collectives, operations
+from jaxunet.bench.setting import network_of
 from jaxunet.bench.steps import MODES, Mode, arguments_of, step_flops, step_of
 from jaxunet.config import Config
 from jaxunet.devices.ahead import Topology
@@ -59,6 +60,7 @@ def estimate(
             "batch_size": batch_size,
             "batch_size_per_device": batch_size // count,
             "image_size": config.data.image_size,
+            "network": network_of(config.model),
             "width": config.model.width,
             "dtype": config.model.dtype,
             "remat": config.model.remat,

@@ -31,7 +31,7 @@ def show(result: dict[str, Any], *, dearest: int = 20) -> None:
 def name_of(point: dict[str, Any]) -> str:
     setting = point["setting"]
     return (
-        f"{setting['topology']}, width {setting['width']}, {setting['image_size']} px, "
+        f"{setting['topology']}, {setting['network']}, {setting['image_size']} px, "
         f"batch {setting['batch_size']}, {setting['dtype']}"
         + (", remat" if setting["remat"] else "")
         + f", {setting['parallel']}"

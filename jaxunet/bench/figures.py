@@ -42,7 +42,7 @@ def throughput(points: list[dict[str, Any]], path: Path, title: str) -> None:
     for point in points:
         setting = point["setting"]
         name = (
-            f"width {setting['width']}, {setting['image_size']} px, "
+            f"{setting['network']}, {setting['image_size']} px, "
             f"batch {setting['batch_size']}, {setting['dtype']}"
         )
         for mode in ("train", "eval", "predict"):

@@ -39,7 +39,9 @@ def matmul_rate(dtype: str, device: jax.Device, seconds: float) -> dict[str, Any
 
 
 def convolutions(config: Config, batch_size: int) -> dict[tuple[int, ...], list[str]]:
-    """The 3x3 convolutions of the model by shape, with the layers that have it.
+    """The 3x3 convolutions of stride 1 by shape, with the layers that have it.
+
+    Of encoders beside the plain one none is counted: theirs are `lax`'s own, or depthwise.
 
     Returns:
         Layers by (batch, rows, columns, channels in, channels out).
@@ -47,7 +49,8 @@ def convolutions(config: Config, batch_size: int) -> dict[tuple[int, ...], list[
     found: dict[tuple[int, ...], list[str]] = {}
     side = config.data.image_size
     for name, layer in layers(config.model, side, side).items():
-        if layer.kernel[:2] == (3, 3):
+        ours = config.model.encoder == "plain" or name.startswith("decoder/")
+        if ours and layer.kernel[:2] == (3, 3):
             shape = (batch_size, layer.rows, layer.columns, *layer.kernel[2:])
             found.setdefault(shape, []).append(name)
     return found

@@ -18,8 +18,8 @@ from jaxunet.bench.setting import Form
 from jaxunet.bench.steps import Mode, random_batch
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError
-from jaxunet.interop.pytorch import state_dict_from_variables
-from jaxunet.interop.pytorch_unet import make_pytorch_unet
+from jaxunet.interop.pytorch_encoders import load_variables, make_pytorch_model
+from jaxunet.model.encoders.registry import ENCODERS, PerChannel
 
 T = TypeVar("T")
 
@@ -127,9 +127,8 @@ def _make(
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     plain = replace(config.model, dtype="float32", remat=False)
-    model: Any = make_pytorch_unet(plain)
-    weights = state_dict_from_variables(plain, host_state.variables, "reference")
-    model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    model: Any = make_pytorch_model(plain)
+    load_variables(model, plain, host_state.variables)
     model.to(device)
     memory_format = torch.contiguous_format
     if form not in ("compile", "eager"):
@@ -146,6 +145,12 @@ def _make(
 
     images, masks = tensor(batch["image"]), tensor(batch["mask"])
 
+    def of_channels(value: PerChannel) -> torch.Tensor:
+        return torch.tensor(value, device=device).reshape(1, -1, 1, 1)
+
+    encoder = ENCODERS[plain.encoder]
+    scale, offset = of_channels(encoder.scale), of_channels(encoder.offset)
+
     def autocast() -> Any:
         if config.model.dtype == "float32":
             return nullcontext()
@@ -153,7 +158,7 @@ def _make(
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         with autocast():
-            logits = model((images.float() / 255 - 0.5) / 0.5)
+            logits = model(images.float() * scale - offset)
         return logits.float()
 
     def loss(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

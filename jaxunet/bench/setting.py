@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxunet.config import Config
+from jaxunet.config import Config, ModelConfig
 
 Measure = Literal[
     "train",
@@ -44,6 +44,13 @@ class Timing:
     """Length of a round."""
 
 
+def network_of(model: ModelConfig) -> str:
+    """In a few words which network is timed."""
+    if model.encoder == "plain":
+        return f"width {model.width}"
+    return f"{model.encoder}, decoder {model.decoder_width}"
+
+
 @dataclass(frozen=True)
 class Setting:
     """One point of the sweep."""
@@ -54,6 +61,7 @@ class Setting:
 
     def record(self) -> dict[str, Any]:
         return {
+            "network": network_of(self.config.model),
             "batch_size": self.config.train.batch_size,
             "image_size": self.config.data.image_size,
             "width": self.config.model.width,

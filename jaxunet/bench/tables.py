@@ -19,7 +19,7 @@ def show(result: dict[str, Any]) -> None:
         setting = point["setting"]
         table.add_section()
         table.add_row(
-            f"[bold]width {setting['width']}, {setting['image_size']} px, batch "
+            f"[bold]{setting['network']}, {setting['image_size']} px, batch "
             f"{setting['batch_size']}, {setting['dtype']}"
             + (", remat" if setting["remat"] else "")
             + f", {setting['parallel']}"

@@ -1,21 +1,29 @@
 """The depthwise convolution as a pure function: each channel has a kernel of its own.
 
-On a CPU, where XLA's grouped convolution is slow, it is a sum of shifted products, which XLA
-makes one loop over memory of; its gradients are such sums, too. Elsewhere it is XLA's own.
+On a CPU, where XLA's grouped convolution is slow, it and its gradients are our own loops
+(`jaxunet.model.cpu`); where those can't be, sums of shifted products, which XLA makes one loop
+over memory of. Elsewhere it is XLA's own.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxunet.model import cpu
 from jaxunet.model.bilinear import Bilinear, bilinear, sum_type, transposed
 from jaxunet.model.conv import DIMENSIONS, Image
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 Kernel = Float[Array, "_ _ 1 _"]
+
+PART_PIXELS = 1024
+PARTS = 16
+"""The loops add up a kernel's gradient in parts of so many pixels, in so many at most."""
 
 
 def depthwise_conv(
@@ -37,24 +45,27 @@ def _forms(sides: tuple[int, int], size: int, stride: int, padding: Padding) -> 
     grouped = partial(_grouped, stride=stride, padding=padding)
 
     def product(x: Image, kernel: Kernel) -> Image:
-        shifted = partial(_shifted, **options)
-        return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
+        on_cpu = _loop if _loops_can(x, stride) else _shifted
+        form = partial(on_cpu, **options)
+        return lax.platform_dependent(x, kernel, cpu=form, default=grouped)
 
     def input_gradient(dy: Image, kernel: Kernel) -> Image:
         def plain(dy: Image, kernel: Kernel) -> Image:
             shape = (dy.shape[0], *sides, dy.shape[3])
             return transposed(lambda x: grouped(x, kernel), shape, dy)
 
-        shifted = partial(_shifted_back, sides=sides, **options)
-        return lax.platform_dependent(dy, kernel, cpu=shifted, default=plain)
+        on_cpu = _loop_back if _loops_can(dy, stride) else _shifted_back
+        form = partial(on_cpu, sides=sides, **options)
+        return lax.platform_dependent(dy, kernel, cpu=form, default=plain)
 
     def kernel_gradient(x: Image, dy: Image) -> Kernel:
         def plain(x: Image, dy: Image) -> Kernel:
             shape = (size, size, 1, dy.shape[3])
             return transposed(lambda kernel: grouped(x, kernel), shape, dy)
 
-        shifted = partial(_sums_of_products, **options)
-        return lax.platform_dependent(x, dy, cpu=shifted, default=plain)
+        on_cpu = _loop_of_kernel if _loops_can(dy, stride) else _sums_of_products
+        form = partial(on_cpu, **options)
+        return lax.platform_dependent(x, dy, cpu=form, default=plain)
 
     return bilinear(product, input_gradient, kernel_gradient)[0]
 
@@ -65,6 +76,52 @@ def _grouped(x: Image, kernel: Kernel, *, stride: int, padding: Padding) -> Imag
         dimension_numbers=DIMENSIONS,
         feature_group_count=x.shape[3],
     )
+
+
+def _loops_can(x: Image, stride: int) -> bool:
+    """Whether `jaxunet.model.cpu` takes images, or gradients, such as `x`."""
+    fits = x.dtype == jnp.float32 and 0 not in x.shape and stride in (1, 2)
+    return fits and cpu.blocks_with_depthwise() is not None
+
+
+def _call(
+    name: str,
+    shape: tuple[int, ...],
+    *operands: Array,
+    size: int,
+    stride: int,
+    padding: Padding,
+) -> Array:
+    blocks = cpu.blocks_with_depthwise()
+    assert blocks is not None  # by `_loops_can`
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    call = jax.ffi.ffi_call(blocks.target(name), result, vmap_method="sequential")
+    numbers = {"size": size, "stride": stride, "top": padding[0][0], "left": padding[1][0]}
+    return call(*operands, **{key: np.int64(value) for key, value in numbers.items()})
+
+
+def _loop(x: Image, kernel: Kernel, *, size: int, stride: int, padding: Padding) -> Image:
+    rows, columns = (
+        (side + sum(around) - size) // stride + 1
+        for side, around in zip(x.shape[1:3], padding, strict=True)
+    )
+    shape = (x.shape[0], rows, columns, x.shape[3])
+    options: dict[str, Any] = {"size": size, "stride": stride, "padding": padding}
+    return _call(cpu.DEPTHWISE, shape, x, kernel, **options)
+
+
+def _loop_back(dy: Image, kernel: Kernel, *, sides: tuple[int, int], **options: Any) -> Image:
+    shape = (dy.shape[0], *sides, dy.shape[3])
+    return _call(cpu.DEPTHWISE_INPUT_GRADIENT, shape, dy, kernel, **options)
+
+
+def _loop_of_kernel(x: Image, dy: Image, *, size: int, **options: Any) -> Kernel:
+    pixels = dy.shape[0] * dy.shape[1] * dy.shape[2]
+    count = min(max(1, pixels // PART_PIXELS), PARTS)
+    shape = (count, size, size, dy.shape[3])
+    parts = _call(cpu.DEPTHWISE_KERNEL_GRADIENT, shape, x, dy, size=size, **options)
+    # One loop over memory; XLA's reduction of the first dimension is far slower.
+    return reduce(jnp.add, parts)[:, :, None]
 
 
 def _taps(x: Image, *, size: int, stride: int, padding: Padding) -> list[list[Image]]:

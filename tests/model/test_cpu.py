@@ -19,7 +19,7 @@ from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.errors import ConfigError
 from jaxunet.model import conv, cpu
 from jaxunet.model.cpu import calls
-from jaxunet.model.cpu.loops import build
+from jaxunet.model.cpu.loops import build, build_depthwise
 
 HERE = cpu.blocks()
 AVX2, AVX512, NEON = (8, (8, 4), 4), (16, (16, 8, 4), 8), (4, (16, 8, 4), 8)
@@ -87,7 +87,8 @@ def test_the_loops_for_avx2_compute_the_same(avx2, shape):
 
 
 def test_llvm_accepts_the_code_for_arm():
-    llvm.parse_assembly(str(build(cpu.Blocks(*NEON)))).verify()
+    for builder in (build, build_depthwise):
+        llvm.parse_assembly(str(builder(cpu.Blocks(*NEON)))).verify()
 
 
 def test_many_calls_at_once_give_the_same_bit_for_bit():

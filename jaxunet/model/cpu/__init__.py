@@ -1,9 +1,9 @@
-"""3x3 convolutions on a CPU: our own loops, compiled by LLVM, called by XLA.
+"""Convolutions on a CPU, 3x3 and depthwise: our own loops, compiled by LLVM, called by XLA.
 
-`loops` has the two loops, of `conv` and `kernel_gradient`; `registers` what they hold at a
-time, by processor; `calls` how XLA calls them and shares them among its threads; `emit` a few
-words for writing LLVM's code. Here: whether they are on, and how they are compiled (by
-llvmlite, in about 0.4 s, when the first convolution is traced).
+`loops` has them all, of `conv`, `kernel_gradient` and `depthwise`; `registers` what they hold
+at a time, by processor; `calls` how XLA calls them and shares them among its threads; `emit` a
+few words for writing LLVM's code. Here: whether they are on, and how they are compiled (by
+llvmlite, each kind in about 0.4 s, when the first convolution of it is traced).
 """
 
 import ctypes
@@ -13,23 +13,40 @@ import platform
 import re
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import llvmlite.binding as llvm
+from llvmlite import ir
 
 from jaxunet.errors import ConfigError
 from jaxunet.model.cpu.calls import FFI_VERSION
-from jaxunet.model.cpu.loops import CONV, INPUT_GRADIENT, KERNEL_GRADIENT, build
+from jaxunet.model.cpu.loops import (
+    CONV,
+    CONV_NAMES,
+    DEPTHWISE,
+    DEPTHWISE_INPUT_GRADIENT,
+    DEPTHWISE_KERNEL_GRADIENT,
+    DEPTHWISE_NAMES,
+    INPUT_GRADIENT,
+    KERNEL_GRADIENT,
+    build,
+    build_depthwise,
+)
 from jaxunet.model.cpu.registers import Blocks, blocks_for
 
 __all__ = [
     "CONV",
+    "DEPTHWISE",
+    "DEPTHWISE_INPUT_GRADIENT",
+    "DEPTHWISE_KERNEL_GRADIENT",
     "INPUT_GRADIENT",
     "KERNEL_GRADIENT",
     "Blocks",
     "blocks",
     "blocks_for",
+    "blocks_with_depthwise",
     "compiled",
     "status",
 ]
@@ -58,6 +75,15 @@ def blocks() -> Blocks | None:
     return found if isinstance(found, Blocks) else None
 
 
+def blocks_with_depthwise() -> Blocks | None:
+    """As `blocks`; where they are on, the depthwise convolution's are now compiled, too."""
+    found = blocks()
+    if found is not None:
+        with _lock:
+            _make_depthwise(found)
+    return found
+
+
 def status() -> int | str:
     """For the record of a run: how many lanes the loops have, or why they are off."""
     found = _here()
@@ -75,15 +101,27 @@ def _made_here() -> Blocks | str:
     features = llvm.get_host_cpu_features()
     found = choose(setting, sys.platform, platform.machine(), features, _ffi_version())
     if isinstance(found, Blocks):
-        held = setting == "avx2" and features.get("avx512f")
-        name = "haswell" if held else llvm.get_host_cpu_name()
-        engine = compiled(found, name, "" if held else features.flatten())
+        engine = compiled(found, *_processor())
         jax.devices()  # before there is a backend, what is refused would end its start
         try:
             register(found, engine)
         except jax.errors.JaxRuntimeError as error:
             return f"XLA refuses them: {error}"
     return found
+
+
+@functools.cache
+def _make_depthwise(found: Blocks) -> None:
+    engine = compiled(found, *_processor(), build_depthwise)
+    register(found, engine, DEPTHWISE_NAMES)
+
+
+def _processor() -> tuple[str, str]:
+    """LLVM's names of the one to compile for and of its features."""
+    features = llvm.get_host_cpu_features()
+    if os.environ.get(SWITCH) == "avx2" and features.get("avx512f"):
+        return "haswell", ""
+    return llvm.get_host_cpu_name(), features.flatten()
 
 
 def choose(
@@ -130,16 +168,24 @@ def choose(
     return found or f"there are none for this processor ({machine})"
 
 
-def register(blocks: Blocks, engine: llvm.ExecutionEngine) -> None:
+def register(
+    blocks: Blocks, engine: llvm.ExecutionEngine, names: Sequence[str] = CONV_NAMES
+) -> None:
     """Make compiled loops known to XLA, for as long as the process lives."""
     _engines.append(engine)
-    for name in map(blocks.target, (CONV, INPUT_GRADIENT, KERNEL_GRADIENT)):
+    for name in map(blocks.target, names):
         pointer = ctypes.CFUNCTYPE(ctypes.c_void_p)(engine.get_function_address(name))
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(pointer), platform="cpu")
 
 
-def compiled(blocks: Blocks, cpu: str, features: str) -> llvm.ExecutionEngine:
-    """Machine code of both loops for a processor, by LLVM's names of it and its features."""
+def compiled(
+    blocks: Blocks,
+    cpu: str,
+    features: str,
+    build: Callable[[Blocks], ir.Module] = build,
+) -> llvm.ExecutionEngine:
+    """Machine code of what `build` gives, for a processor by LLVM's names of it and of its
+    features."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     if blocks.lanes == 16:

@@ -28,6 +28,7 @@ from jaxunet.model.cpu.emit import (
     number,
     read,
     release,
+    total,
     variable,
     while_true,
 )
@@ -36,7 +37,11 @@ FFI_VERSION = (0, 3)
 """The version of XLA's foreign function interface whose structures are laid out so, in bytes
 (`xla/ffi/api/c_api.h` among jaxlib's files). Later minor versions only add to their ends, and
 XLA serves a function by the version that it answers: this one, whichever XLA asks."""
-FRAME = {"extension": 8, "api": 16, "context": 24, "arguments": 72, "results": 112}
+FRAME = {
+    **{"extension": 8, "api": 16, "context": 24},
+    **{"arguments": 72, "results": 112, "attributes": 160},
+}
+SCALAR = {"value": 8}
 BUFFER = {"data": 24, "rank": 32, "dimensions": 40}
 API = {"destroy_error": 64, "schedule": 136, "threads": 144}
 EXTENSION = {"type": 8, "metadata": 24}
@@ -46,9 +51,13 @@ METADATA_EXTENSION = 1  # the type of the extension by which XLA asks for metada
 WORK = (
     *("next", "done", "holders", "items"),  # counters
     *("x", "other", "out"),  # pointers to the values of the operands and the result
-    *("parts", "groups", "rows", "height", "width", "cin", "cout"),
+    *("parts", "groups", "batch", "rows", "height", "width", "cin", "cout"),
+    *("other_height", "other_width", "out_height", "out_width"),
+    *("left", "size", "stride", "top"),  # attributes
 )
-"""The fields of the common state, 8 bytes each. An image's rows are counted through."""
+"""The fields of the common state, 8 bytes each; `height`, `width` and `cin` are of `x`, and
+`rows` its images' rows counted through. Of the others, two are the second dimension and the
+third."""
 
 Share = Callable[[Builder, dict[str, Value]], tuple[Value, Value]]
 """Writes code for into how many parts of the rows and how many groups of channels the work is
@@ -73,7 +82,22 @@ def slice_of(b: Builder, size: Value, index: Value, count: Value) -> tuple[Value
     return bound(index), bound(b.add(index, number(1)))
 
 
-def add_call(module: ir.Module, name: str, item: ir.Function, share: Share) -> None:
+def whole_blocks(
+    b: Builder, size: Value, index: Value, count: Value, block: int
+) -> tuple[Value, Value]:
+    """A slice in whole blocks, but for the last, which ends with the whole."""
+    first, end = slice_of(b, b.udiv(size, number(block)), index, count)
+    is_last = equal(b, total(b, index, 1), count)
+    return b.mul(first, number(block)), b.select(is_last, size, b.mul(end, number(block)))
+
+
+def add_call(
+    module: ir.Module,
+    name: str,
+    item: ir.Function,
+    share: Share,
+    attributes: Sequence[str] = (),
+) -> None:
     """Write `XLA_FFI_Error* name(XLA_FFI_CallFrame*)`, which XLA calls.
 
     Args:
@@ -81,6 +105,7 @@ def add_call(module: ir.Module, name: str, item: ir.Function, share: Share) -> N
         name: its name.
         item: a function of the common state and an item's number, which does that item.
         share: what cuts the work into items.
+        attributes: names of the 64-bit integers that it is called with.
 
     Its two operands are float32 arrays, the first [b, h, w, cin]; so is its result,
     [..., cout].
@@ -101,7 +126,8 @@ def add_call(module: ir.Module, name: str, item: ir.Function, share: Share) -> N
     error = _ask(b, api, API["threads"], context, threads)
     with b.if_then(b.icmp_unsigned("!=", error, NULL)):
         _ask(b, api, API["destroy_error"], error)  # no threads: alone, then
-    v = _operands(b, frame) | {"threads": maximum(b, b.load(threads, typ=I64), number(1))}
+    v = _operands(b, frame) | _attributes(b, frame, attributes)
+    v |= {"threads": maximum(b, b.load(threads, typ=I64), number(1))}
     v["parts"], v["groups"] = share(b, v)
     v["items"] = b.mul(v["parts"], v["groups"])
     helpers = b.sub(minimum(b, v["threads"], v["items"]), number(1))
@@ -110,7 +136,8 @@ def add_call(module: ir.Module, name: str, item: ir.Function, share: Share) -> N
     malloc = declared(module, "malloc", [I64], PTR)
     work = b.call(malloc, [number(8 * len(WORK))])
     for i, name in enumerate(WORK):
-        b.store(v[name], byte(b, work, 8 * i))
+        if name in v:
+            b.store(v[name], byte(b, work, 8 * i))
     with for_range(b, 0, helpers):
         error = _ask(b, api, API["schedule"], context, task, work)
         with b.if_then(b.icmp_unsigned("!=", error, NULL)):
@@ -136,16 +163,33 @@ def _operands(b: Builder, frame: Value) -> dict[str, Value]:
         "out": read(b, PTR, results, 0),
     }
     shapes = {k: read(b, PTR, buffer, BUFFER["dimensions"]) for k, buffer in buffers.items()}
+    sides = {
+        f"{k}_{side}": read(b, I64, shapes[k], 8 * i)
+        for k in ("other", "out")
+        for i, side in enumerate(("height", "width"), 1)
+    }
     last = b.sub(read(b, I64, buffers["out"], BUFFER["rank"]), number(1))
     batch, height, width, cin = (read(b, I64, shapes["x"], 8 * i) for i in range(4))
     return {
         **{k: read(b, PTR, buffer, BUFFER["data"]) for k, buffer in buffers.items()},
+        **sides,
+        "batch": batch,
         "rows": b.mul(batch, height),
         "height": height,
         "width": width,
         "cin": cin,
         "cout": b.load(b.gep(shapes["out"], [last], source_etype=I64), typ=I64),
         "results": read(b, I64, shapes["out"], 0),
+    }
+
+
+def _attributes(b: Builder, frame: Value, names: Sequence[str]) -> dict[str, Value]:
+    """The values of the call's attributes, which XLA sorts by their names."""
+    attributes = read(b, PTR, frame, FRAME["attributes"])
+    scalars = {name: read(b, PTR, attributes, 8 * i) for i, name in enumerate(sorted(names))}
+    return {
+        name: read(b, I64, read(b, PTR, scalar, SCALAR["value"]), 0)
+        for name, scalar in scalars.items()
     }
 
 

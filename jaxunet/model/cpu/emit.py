@@ -1,6 +1,6 @@
 """A few words more for writing LLVM's code with llvmlite: loops, places in memory, sums."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -88,6 +88,38 @@ def while_true(b: Builder, condition: Callable[[], Value]) -> Iterator[None]:
     yield
     b.branch(head)
     b.position_at_end(after)
+
+
+def each_block(
+    b: Builder,
+    first: Value,
+    end: Value,
+    sizes: Iterable[int],
+    act: Callable[[Value, int], None],
+) -> None:
+    """Cut `first` to `end` into blocks, each of the first of `sizes` that fits.
+
+    Args:
+        sizes: from large to small; the last one must divide whatever is left.
+        act: writes the code for a block: where it begins, its size.
+    """
+    i = variable(b, I64, first)
+    for size in sizes:
+
+        def fits(size: int = size) -> Value:
+            return b.not_(less(b, end, total(b, b.load(i, typ=I64), size)))
+
+        with while_true(b, fits):
+            now = b.load(i, typ=I64)
+            act(now, size)
+            b.store(b.add(now, number(size)), i)
+
+
+def clear(b: Builder, place: Value, count: Value) -> None:
+    """Set so many float32 values to zero."""
+    memset = declared(b.module, "llvm.memset.p0.i64", [PTR, I8, I64, I1], VOID)
+    size = b.mul(count, number(4))
+    b.call(memset, [place, ir.Constant(I8, 0), size, ir.Constant(I1, False)])
 
 
 def variable(b: Builder, type_: ir.Type, value: Value | None = None) -> Value:

@@ -9,21 +9,18 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from jaxunet.model.cpu.calls import fields, slice_of
+from jaxunet.model.cpu.calls import fields, slice_of, whole_blocks
 from jaxunet.model.cpu.emit import (
     F32,
-    I1,
-    I8,
     I64,
     PTR,
-    VOID,
     Builder,
     Value,
     add_product,
     allocate,
     at,
-    declared,
-    equal,
+    clear,
+    each_block,
     for_range,
     function,
     less,
@@ -87,15 +84,6 @@ def _kernel_gradient_block(module: ir.Module, lanes: int, channels: int) -> ir.F
     return block
 
 
-def _whole_blocks(
-    b: Builder, size: Value, index: Value, count: Value, block: int
-) -> tuple[Value, Value]:
-    """A slice in whole blocks, but for the last, which ends with the whole."""
-    first, end = slice_of(b, b.udiv(size, number(block)), index, count)
-    is_last = equal(b, total(b, index, 1), count)
-    return b.mul(first, number(block)), b.select(is_last, size, b.mul(end, number(block)))
-
-
 class _Copied(NamedTuple):
     """Some rows of an array [.., width, channels]: there, or copied block by block."""
 
@@ -146,13 +134,11 @@ def kernel_gradient_item(module: ir.Module, blocks: Blocks) -> ir.Function:
     x, dy, out, parts, groups, rows, height, width, cin, cout = fields(b, work, names)
     part = b.udiv(index, groups)
     start, stop = slice_of(b, rows, part, parts)
-    first, end = _whole_blocks(b, cin, b.urem(index, groups), groups, blocks.channels)
+    first, end = whole_blocks(b, cin, b.urem(index, groups), groups, blocks.channels)
     out = at(b, out, (part, 9, cin, cout))
     with for_range(b, 0, 9) as tap:
-        memset = declared(module, "llvm.memset.p0.i64", [PTR, I8, I64, I1], VOID)
-        size = b.mul(b.mul(b.sub(end, first), cout), number(4))
         place = at(b, out, (tap, cin, cout), (first, cout))
-        b.call(memset, [place, ir.Constant(I8, 0), size, ir.Constant(I1, False)])
+        clear(b, place, b.mul(b.sub(end, first), cout))
 
     strip = maximum(b, b.udiv(number(STRIP_PIXELS), width), number(1))
     pixels = b.mul(total(b, strip, 2), width)
@@ -162,18 +148,8 @@ def kernel_gradient_item(module: ir.Module, blocks: Blocks) -> ir.Function:
         for far, channels in ((far_x, b.sub(end, first)), (far_dy, cout))
     )
 
-    def each_block(act: Callable[[Value, int], None]) -> None:
-        """`act` on each block of input channels: where it begins, its size."""
-        c = variable(b, I64, first)
-        for channels in (blocks.channels, 1):
-
-            def are_left(channels: int = channels) -> Value:
-                return b.not_(less(b, end, total(b, b.load(c, typ=I64), channels)))
-
-            with while_true(b, are_left):
-                now = b.load(c, typ=I64)
-                act(now, channels)
-                b.store(b.add(now, number(channels)), c)
+    def each_block_of_channels(act: Callable[[Value, int], None]) -> None:
+        each_block(b, first, end, (blocks.channels, 1), act)
 
     def strip_of_rows(low: Value, high: Value, image: Value) -> None:
         image_end = b.add(image, height)
@@ -184,7 +160,7 @@ def kernel_gradient_item(module: ir.Module, blocks: Blocks) -> ir.Function:
         size = b.mul(b.sub(high, low), width)
         dys = _Copied(dy, dy_copy, far_dy, low, size, width, cout, number(0))
         with b.if_then(far_x):
-            each_block(partial(xs.fill, b))
+            each_block_of_channels(partial(xs.fill, b))
         with b.if_then(far_dy), for_range(b, 0, cout, blocks.lanes) as o:
             dys.fill(b, o, blocks.lanes)
         with for_range(b, 0, 3) as i:
@@ -202,7 +178,7 @@ def kernel_gradient_item(module: ir.Module, blocks: Blocks) -> ir.Function:
                     sizes = [b.sub(to, from_), width, x_pixel, dy_pixel, cin, cout]
                     b.call(block, [x_at, dy_at, out_at, *sizes])
 
-            each_block(act)
+            each_block_of_channels(act)
 
     next_row = variable(b, I64, start)
     with while_true(b, lambda: less(b, b.load(next_row, typ=I64), stop)):
