@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxunet.model import cpu
 from jaxunet.model.bilinear import Bilinear, bilinear, sum_type, transposed
 from jaxunet.model.conv import DIMENSIONS, Image
+from jaxunet.model.portable import is_portable
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 Kernel = Float[Array, "_ _ 1 _"]
@@ -81,7 +82,7 @@ def _grouped(x: Image, kernel: Kernel, *, stride: int, padding: Padding) -> Imag
 def _loops_can(x: Image, stride: int) -> bool:
     """Whether `jaxunet.model.cpu` takes images, or gradients, such as `x`."""
     fits = x.dtype == jnp.float32 and 0 not in x.shape and stride in (1, 2)
-    return fits and cpu.blocks_with_depthwise() is not None
+    return not is_portable() and fits and cpu.blocks_with_depthwise() is not None
 
 
 def _call(

@@ -1,9 +1,9 @@
 import sys
 
+import any_torchvision  # noqa: F401  before timm, which asks for it
 import jax
 import numpy as np
 import pytest
-import timm_models  # noqa: F401  so that it can be imported
 import torch
 
 from jaxunet.config import ModelConfig

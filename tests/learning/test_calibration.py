@@ -1,5 +1,6 @@
 """Calibration against counts by hand, torchmetrics and SciPy on exact logits."""
 
+import any_torchvision  # noqa: F401  before torchmetrics, which asks for it
 import numpy as np
 import pytest
 import torch

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from flax import traverse_util
-from timm_models import timm
 
 from jaxunet.config import ModelConfig
 from jaxunet.data.drawing import draw
