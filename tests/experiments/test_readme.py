@@ -107,6 +107,7 @@ SHORT = {
     "reproduce.py": [*SMALL, *FEW, *TINY, *ONE_EPOCH],
     "import_pytorch.py": [*SMALL, "--train.eval-batch-size", 8],
     "export_pytorch.py": [],
+    "export.py": [],
 }
 
 

@@ -30,9 +30,9 @@ def batches(count: int, side: int = 20) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     return [
         {
-            "image": rng.integers(0, 256, (4, side, side, 3), np.uint8),
-            "mask": rng.integers(0, 2, (4, side, side, 1), np.uint8) * 255,
-            "weight": np.array([1, 1, 1, i == 0], np.uint8),
+            "image": rng.integers(0, 256, (8, side, side, 3), np.uint8),
+            "mask": rng.integers(0, 2, (8, side, side, 1), np.uint8) * 255,
+            "weight": np.array([1] * 7 + [i == 0], np.uint8),
         }
         for i in range(count)
     ]
@@ -52,14 +52,14 @@ def trained(devices: int):
     return start, strategy.fetch(state), losses
 
 
-def test_one_and_two_devices_compute_the_same(tiny) -> None:
-    (_, one, losses), (_, two, others) = trained(1), trained(2)
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_so_many_devices_compute_the_same(tiny, devices: int) -> None:
+    (before, one, losses), (_, several, others) = trained(1), trained(devices)
     np.testing.assert_allclose(losses, others, rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
-    before, after = trained(1)[:2]
     moved = jax.tree.map(
-        lambda a, b: np.abs(a - b).max(), before.batch_stats, after.batch_stats
+        lambda a, b: np.abs(a - b).max(), before.batch_stats, one.batch_stats
     )
     assert min(jax.tree.leaves(moved["encoder"])) > 0
 
