@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,7 +118,9 @@ def preset(name: str) -> Config:
     """
     if name in PRESETS:
         return PRESETS[name]()
-    return load_config(Path(name).expanduser())
+    config = load_config(Path(name).expanduser())
+    # How that run was made longer counts its own updates.
+    return replace(config, optimizer=replace(config.optimizer, extend=None, extended_at=()))
 
 
 def print_scores(result: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from jaxunet.files import check_writable, write_atomically, write_json
 from jaxunet.inference.challenge import TOLERANCE, evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
 from jaxunet.learning.metrics import per_image
+from jaxunet.learning.views import QUARTERS
 from jaxunet.ranges import require_at_least
 from jaxunet.runs import figures, reliability
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
@@ -269,7 +270,9 @@ def main() -> None:
     tuning.keep(runs[0])
     result = report(evaluation, dataset=dataset, step=model.step, epoch=model.epoch)
     made = {"config": to_dict(config), "command": command_line(), **environment()}
-    made["model"] = size = flops.size(config.model, config.data.image_size)
+    sizes = [flops.size(m.config.model, config.data.image_size) for m in model.members]
+    made["model"] = size = {name: sum(each[name] for each in sizes) for name in sizes[0]}
+    size["gflops"] *= 2 * len(QUARTERS[arguments.views]) or 1
     if arguments.native:
         made["tolerance"] = arguments.tolerance
     trained_on = recorded_dataset(read_record(runs[0]))

@@ -16,6 +16,7 @@ from model_options import ModelOptions
 
 from jaxunet.data.images import read_image
 from jaxunet.devices.strategies import make_strategy
+from jaxunet.errors import ConfigError
 from jaxunet.files import check_writable
 from jaxunet.inference.pictures import MASK_SUFFIX, OVERLAY_SUFFIX, PROBABILITY_SUFFIX, plan
 from jaxunet.inference.prediction import predict_files
@@ -47,8 +48,21 @@ class Arguments(ModelOptions):
 
 
 def part(run: Path, inputs: tuple[Path, ...]) -> tuple[list[Path], list[Path]]:
-    """The runs and the pictures: a leading folder that holds a config.json is a run."""
-    more = list(takewhile(lambda path: (path / "config.json").is_file(), inputs))
+    """The runs and the pictures: a leading folder with a config.json and checkpoints is a run.
+
+    Raises:
+        ConfigError: there are only runs.
+    """
+
+    def is_run(path: Path) -> bool:
+        return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+    more = list(takewhile(is_run, inputs))
+    if len(more) == len(inputs):
+        raise ConfigError(
+            f"There are no pictures to predict: {', '.join(map(str, [run, *more]))} are runs. "
+            "Give pictures or folders after them."
+        )
     return [run, *more], list(inputs[len(more) :])
 
 

@@ -72,15 +72,15 @@ def laptop() -> Config:
 
 
 def best() -> Config:
-    """The same with more of everything, for one GPU: a larger encoder, pictures of 384 px, strong
-    augmentation, averaged weights.
+    """The same with more of everything, for one GPU: a larger encoder, pictures of 384 px,
+    strong augmentation, averaged weights.
 
     python -m pip install -e '.[cuda,pretrained]'
     python experiments/train.py best --data.dir ISIC2018
     python experiments/evaluate.py runs/best --split test --views d4 --data.dir ISIC2018
 
-    It is made for at most 10 minutes on an NVIDIA H100 and for a validation Dice of 0.91. It has
-    not been run: no card was to be had.
+    It is made for at most 10 minutes on an NVIDIA H100 and for a validation Dice of 0.91. It
+    has not been run: no card was to be had.
     """
     return Config(
         data=DataConfig(name="isic2018", image_size=384, cache="host"),

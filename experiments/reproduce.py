@@ -231,6 +231,8 @@ def main() -> None:
     path = arguments.out / f"{arguments.name}.json"
     runs = result["runs"] = trained_before(path, result) if arguments.resume else []
     done = {run["seed"] for run in runs}
+    if pytorch and runs:
+        result["difference"] = differences(runs)
     for seed in arguments.seeds:
         if seed in done:
             continue

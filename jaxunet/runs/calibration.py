@@ -71,6 +71,11 @@ def settle(
         temperature = found.temperature if temperature == "auto" else temperature
         if threshold == "auto":
             threshold = calibration.tempered(found.threshold, temperature)
+    if np.float32(threshold) in (0, 1):
+        raise ConfigError(
+            f"At a temperature of {temperature:g} the threshold is {threshold!r}, which "
+            "float32 can't tell from certainty: give a higher temperature, or 1."
+        )
     recipe = replace(model.recipe, threshold=float(threshold), temperature=float(temperature))
     return replace(model, recipe=recipe)
 

@@ -77,8 +77,8 @@ class RunDirectory:
         self._record: dict[str, Any] = {}  # of the run that is there already
         self._recorded = config  # what that record says of it
         self._data: dict[str, Any] = {}  # what is to be recorded of the data
-        self.weights: dict[str, str] | None = None  # what it is made from, for the record
-        self.init_from: dict[str, Any] | None = None
+        self._weights: dict[str, str] | None = None  # what it is made from, for the record
+        self._init_from: dict[str, Any] | None = None
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
     def _take(self, resume: bool) -> None:
@@ -157,8 +157,11 @@ class RunDirectory:
             )
         read_metrics(self.path / "metrics.jsonl")  # before anything is written
 
-    def check_data(self, dataset: dict[str, Any], *, accept: bool) -> None:
+    def check_data(self, dataset: dict[str, Any], *, accept: bool) -> bool:
         """Make sure that a run goes on with the data that it was trained on.
+
+        Returns:
+            Whether they are others, and accepted.
 
         Args:
             dataset: what `jaxunet.runs.evaluation.describe_split` gives.
@@ -167,9 +170,9 @@ class RunDirectory:
         Raises:
             RunError: the data are others, and `accept` is False.
         """
-        on_main(partial(self._check_data, dataset, accept), "comparing the data")
+        return bool(on_main(partial(self._check_data, dataset, accept), "comparing the data"))
 
-    def _check_data(self, dataset: dict[str, Any], accept: bool) -> None:
+    def _check_data(self, dataset: dict[str, Any], accept: bool) -> bool:
         said = other_data(self.path, dataset, self.config.data) if self._record else None
         if said and not accept:
             raise RunError(
@@ -187,6 +190,7 @@ class RunDirectory:
             "dataset": first if accepted else {**first, **dataset},
             **({"accepted_data": accepted} if accepted else {}),
         }
+        return bool(said)
 
     def extend(self, updates_per_epoch: int) -> Config:
         """The configuration, with what `optim.extend_schedule` keeps or adds."""
@@ -197,6 +201,20 @@ class RunDirectory:
 
         self.config = config_of_main(extended)
         return self.config
+
+    def begin(self, weights: dict[str, str] | None, init_from: dict[str, Any] | None) -> None:
+        """Note what the first state is made from; see `jaxunet.runs.starting`.
+
+        Raises:
+            RunError: a run that has no checkpoint yet was to start from something else.
+        """
+        asked = self._record.get("init_from")
+        if asked and not init_from:
+            raise RunError(
+                f"{self.path} was to start from {asked['source']} and has no checkpoint yet: "
+                "give --init-from again, or another --out."
+            )
+        self._weights, self._init_from = weights, init_from
 
     def write_config(self, dataset: dict[str, Any] | None = None) -> None:
         """config.json: the configuration and all that is known of where it runs.
@@ -210,9 +228,9 @@ class RunDirectory:
         if not isinstance(record["tuning"], dict):  # a GPU's choices outlast a resume elsewhere
             record["tuning"] = self._record.get("tuning", record["tuning"])
         record |= self._data if dataset is None else {"dataset": dataset}
-        if weights := self.weights or self._record.get("weights"):
+        if weights := self._weights or self._record.get("weights"):
             record["weights"] = weights
-        if init_from := self.init_from or self._record.get("init_from"):
+        if init_from := self._init_from or self._record.get("init_from"):
             record["init_from"] = init_from
         record["has_checkpoints"] = bool(self._steps())
         write_json(self.path / "config.json", record)

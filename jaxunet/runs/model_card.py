@@ -16,8 +16,11 @@ LICENCES = {
     "isic2018": ("cc-by-nc-4.0", "ISIC 2018 Task 1, CC BY-NC 4.0: non-commercial use only"),
     "synthetic": ("apache-2.0", "pictures drawn from a seed, no licence but the code's"),
     "folder": ("other", "the user's own pictures, under whatever licence they are"),
+    None: ("other", "not recorded"),
 }
 """Of models by what they were trained on: the hubs' word for it, and in words."""
+AS_IT_IS = {"views": "none", "temperature": 1.0, "clean": False, "runs": 1}
+"""How a run is scored if nothing is asked for; of `runs` how many."""
 
 
 def facts(run: Path) -> dict[str, Any]:
@@ -28,8 +31,9 @@ def facts(run: Path) -> dict[str, Any]:
         ConfigError: its config.json is damaged.
     """
     config, record = load_config(run), read_record(run)
-    data = recorded_dataset(record)
-    versions = record.get("versions", {})
+    data, versions = recorded_dataset(record), record.get("versions", {})
+    known = config.data.name if "imported_from" not in data else None
+    described = f"{data.get('name')} {data.get('split')}, {data.get('count')} images"
     return {
         "use": WARNING,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -38,16 +42,19 @@ def facts(run: Path) -> dict[str, Any]:
         "command": record.get("command"),
         "encoder": config.model.encoder,
         "pretrained": record.get("weights"),
+        "fine_tuned_from": record.get("init_from"),
+        "imported_from": data.get("imported_from"),
         "image_size": config.data.image_size,
         "threshold": config.train.threshold,
-        "data": f"{data.get('name')} {data.get('split')}, {data.get('count')} images",
-        "licence": LICENCES[config.data.name][1],
-        "results": _results(run),
+        "data": described if known else "not recorded",
+        "licence": LICENCES[known][1],
+        "results": _results(run, config.train.threshold),
     }
 
 
-def _results(run: Path) -> list[dict[str, Any]]:
-    """Each result in the run's folder: of which data, after how many steps, which scores."""
+def _results(run: Path, threshold: float) -> list[dict[str, Any]]:
+    """Each result in the run's folder: of which data, after how many steps, scored in which
+    way, which scores."""
     found = []
     for path in [run / "summary.json", *sorted(run.glob("evaluation-*.json"))]:
         try:
@@ -59,6 +66,11 @@ def _results(run: Path) -> list[dict[str, Any]]:
                     "data": f"{dataset['name']} {dataset['split']}",
                     "count": dataset["count"],
                     "step": result["step"],
+                    "way": {
+                        **{name: result.get(name, usual) for name, usual in AS_IT_IS.items()},
+                        "runs": len(result.get("runs", [run])),
+                        "threshold": result.get("threshold", threshold),
+                    },
                     "scores": {name: scores[name] for name in ("dice", "iou")},
                     "intervals": result.get("intervals", {}).get("per_image", {}),
                 }
@@ -71,27 +83,29 @@ def _results(run: Path) -> list[dict[str, Any]]:
 def write_card(run: Path) -> Path:
     """Write `MODEL_CARD.md` into the run directory; for errors see `facts`."""
     path = run / "MODEL_CARD.md"
-    write_atomically(path, card(facts(run), load_config(run).data.name, run.resolve().name))
+    write_atomically(path, card(facts(run), run.resolve().name))
     return path
 
 
-def card(known: dict[str, Any], dataset: str, name: str) -> str:
+def card(known: dict[str, Any], name: str) -> str:
     """The card's text.
 
     Args:
         known: what `facts` gives.
-        dataset: a key of `LICENCES`.
         name: of the model.
     """
+    words = {text: word for word, text in LICENCES.values()}
+    others = known["fine_tuned_from"] or known["imported_from"]
+    as_it_is = {**AS_IT_IS, "threshold": known["threshold"]}
+    results = [each for each in known["results"] if each["way"] == as_it_is]
     head = {
-        "license": LICENCES[dataset][0],
+        "license": "other" if others else words[known["licence"]],
         "library_name": "jaxunet",
         "pipeline_tag": "image-segmentation",
         "tags": ["jax", "flax", "unet", "image-segmentation", "dermoscopy"],
-        "model-index": [{"name": name, "results": list(map(_indexed, known["results"]))}],
+        "model-index": [{"name": name, "results": list(map(_indexed, results))}],
     }
     versions = ", ".join(f"{package} {v}" for package, v in known["versions"].items() if v)
-    start = known["pretrained"] or {}
     rows = "\n".join(map(_row, known["results"])) or "| none yet | | | | |"
     # JSON is YAML, too, and quotes whatever a name may hold.
     lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
@@ -110,7 +124,7 @@ show; what it does on other pictures is not known, and nothing here was tested o
 ## Training
 
 - Data: {known["data"]} ({known["licence"]})
-- Encoder's start: {f"{start['source']} ({start['licence']})" if start else "random weights"}
+- Start: {_start(known)}
 - Command: `{known["command"] or "not recorded"}`
 - Versions: {versions or "not recorded"}; commit {known["commit"] or "not recorded"}
 
@@ -131,8 +145,19 @@ import jaxunet
 mask = jaxunet.load("{name}").predict(image)  # uint8 [height, width, 3] to 0 or 255
 ```
 
-Written by [jaxunet](https://pypi.org/project/jaxunet/) on {known["made"]}.
+Written by jaxunet on {known["made"]}.
 """
+
+
+def _start(known: dict[str, Any]) -> str:
+    if known["imported_from"]:
+        return f"imported from {known['imported_from']}, of which no more is recorded"
+    if given := known["fine_tuned_from"]:
+        licence = given.get("licence", "not recorded")
+        return f"fine-tuned from {given['source']} (SHA-256 {given['sha256']}; {licence})"
+    if encoder := known["pretrained"]:
+        return f"the encoder from {encoder['source']} ({encoder['licence']})"
+    return "random weights"
 
 
 def _indexed(result: dict[str, Any]) -> dict[str, Any]:

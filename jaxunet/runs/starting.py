@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from jaxunet.bars import say
 from jaxunet.config import ModelConfig
-from jaxunet.errors import DataError
+from jaxunet.errors import ConfigError, DataError
 from jaxunet.learning.steps import Recipe, TrainState, init_state, state_from_variables
 from jaxunet.pretrained.starting import starting_weights, with_encoder
 from jaxunet.runs.checkpoint import Checkpoints
@@ -29,12 +29,16 @@ class Given:
         variables: `params` and `batch_stats` of a U-Net, on the host.
         source: the file or run directory they are of.
         sha256: of the file, or of the checkpoint's arrays.
+        config: the shape of the network that they are of.
+        licence: of the source, as far as it is known.
         unusable: what of the source is none of `variables`, by the source's own names.
     """
 
     variables: Mapping[str, Any]
     source: str
     sha256: str
+    config: ModelConfig
+    licence: str = "not recorded"
     unusable: tuple[str, ...] = ()
 
 
@@ -64,7 +68,7 @@ def start(
     if pretrained := starting_weights(config):
         variables, weights = with_encoder(variables, pretrained.variables), pretrained.record
     if given is not None:
-        variables, record = with_fitting(variables, given)
+        variables, record = with_fitting(variables, given, config)
         if show:
             say(in_words(record))
     if weights or record:
@@ -73,9 +77,13 @@ def start(
 
 
 def latest(
-    checkpoints: Checkpoints, recipe: Recipe, batches_per_epoch: int
+    checkpoints: Checkpoints, recipe: Recipe, batches_per_epoch: int, *, other_data: bool
 ) -> tuple[int, TrainState, Position]:
-    """Steps done, the state on the host, and where the run stands at its latest checkpoint."""
+    """Steps done, the state on the host, and where the run stands at its latest checkpoint.
+
+    Args:
+        other_data: the run goes on with other data than before.
+    """
     like = jax.tree.map(np.asarray, init_state(recipe))
     step, state, record = checkpoints.restore("latest", like)
     del record["config"]
@@ -87,22 +95,34 @@ def latest(
         position.epoch_loss = position.epoch_examples = 0.0
         position.shift = next_batch - step
     position.batches_per_epoch = batches_per_epoch
-    if position.best_score is None:  # of a version that did not note it: patience begins here
-        position.best_epoch = position.evaluated_epochs
+    if other_data or position.best_score is None:  # not comparable, or not noted by a version
+        position.best_score, position.best_epoch = None, position.evaluated_epochs
     return step, state, position
 
 
 def with_fitting(
-    variables: Mapping[str, Any], given: Given
+    variables: Mapping[str, Any], given: Given, config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`variables` with every tensor of `given` whose name and shape fit, and the record of it.
 
+    Normalisations of another kind have the same names and shapes, and are left.
+
     Raises:
+        ConfigError: `given` joins the decoder's halves in the other order: its kernels fit,
+            and would be wrong.
         DataError: none fits.
     """
+    if given.config.concat != config.concat:
+        raise ConfigError(
+            f"{given.source} joins the decoder's maps in the order {given.config.concat!r}, "
+            f"this model in {config.concat!r}: its kernels would fit, and be wrong. Give "
+            f"--model.concat {given.config.concat}."
+        )
     own, theirs = (
         traverse_util.flatten_dict(dict(tree), sep="/") for tree in (variables, given.variables)
     )
+    if given.config.norm != config.norm:
+        theirs = {name: value for name, value in theirs.items() if "/norm_" not in name}
     taken = {name for name in own if np.shape(own[name]) == np.shape(theirs.get(name))}
     other_shape = sorted(name for name in own if name in theirs and name not in taken)
     missing = sorted(name for name in own if name not in theirs)
@@ -117,6 +137,7 @@ def with_fitting(
     record = {
         "source": given.source,
         "sha256": given.sha256,
+        "licence": given.licence,
         "taken": len(taken),
         "as_drawn": [f"{name} (other shape)" for name in other_shape] + missing,
         "left_over": [*unused, *given.unusable],

@@ -67,7 +67,7 @@ class Trainer:
         deadline: float | None = None,
     ):
         check_hosts(config, data)
-        run.check_data(
+        self.other_data = run.check_data(
             describe_split(data, config.data.train_split, config.data.image_size),
             accept=accept_other_data,
         )
@@ -201,10 +201,12 @@ class Trainer:
         """Steps done, the state on the devices, and the position; from the start if need be."""
         recipe, per_epoch = make_recipe(self.config), self.order.batches_per_epoch
         if self.has_checkpoints:
-            step, state, position = latest(self.checkpoints, recipe, per_epoch)
+            step, state, position = latest(
+                self.checkpoints, recipe, per_epoch, other_data=self.other_data
+            )
         else:
             begun = start(recipe, self.config.model, init_from, show=self.show_progress)
-            self.run.weights, self.run.init_from = begun.weights, begun.init_from
+            self.run.begin(begun.weights, begun.init_from)
             step, state, position = 0, begun.state, Position(batches_per_epoch=per_epoch)
         return step, self.strategy.replicate(state), position
 

@@ -58,9 +58,7 @@ def test_so_many_devices_compute_the_same(tiny, devices: int) -> None:
     np.testing.assert_allclose(losses, others, rtol=1e-4)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
-    moved = jax.tree.map(
-        lambda a, b: np.abs(a - b).max(), before.batch_stats, one.batch_stats
-    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.batch_stats, one.batch_stats)
     assert min(jax.tree.leaves(moved["encoder"])) > 0
 
 

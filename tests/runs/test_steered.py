@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,13 +15,13 @@ from command_line import preset, take_preset
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
-from jaxunet.errors import ConfigError, DataError, Stopped
+from jaxunet.errors import ConfigError, DataError, RunError, Stopped
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.interop.starting import weights_to_start_from
 from jaxunet.runs.evaluation import Evaluation
 from jaxunet.runs.loading import load
-from jaxunet.runs.starting import Given
-from jaxunet.runs.training import train
+from jaxunet.runs.starting import Given, with_fitting
+from jaxunet.runs.training import Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,39 @@ def test_a_run_starts_from_anothers_weights_and_says_so(config, data, first, tmp
     train(longer, data, run, resume=True, show_progress=False)
     assert record(run)["as_drawn"] == heads
 
-    other = Given({"params": {"head": {"kernel": np.ones((3, 1))}}}, "another", "")
+    other = Given(
+        {"params": {"head": {"kernel": np.ones((3, 1))}}}, "another", "", config.model
+    )
     with pytest.raises(DataError, match=r"Nothing of another fits this model"):
         train(config, data, tmp_path / "other", init_from=other, show_progress=False)
+
+
+def test_what_would_fit_and_be_wrong_is_not_taken(config, data, first, tmp_path):
+    given = weights_to_start_from(first)
+    turned = replace(config, model=replace(config.model, concat="skip_first"))
+    with pytest.raises(ConfigError, match=r"--model\.concat upsampled_first"):
+        train(turned, data, tmp_path / "turned", init_from=given, show_progress=False)
+    normed = replace(given, config=replace(given.config, norm="batch"))
+    start = {"params": {"a": {"norm_0": {"scale": np.ones(2)}, "b": np.ones(1)}}}
+    _, said = with_fitting(start, replace(normed, variables=start), config.model)
+    assert (said["taken"], said["as_drawn"]) == (1, ["params/a/norm_0/scale"])
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_same_weights_or_not_at_all(
+    config, data, first, tmp_path, monkeypatch
+):
+    given, run = weights_to_start_from(first), tmp_path / "run"
+    with monkeypatch.context() as patch:  # killed before its first checkpoint
+        patch.setattr(Trainer, "_train", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, data, run, init_from=given, show_progress=False)
+    with pytest.raises(RunError, match=r"was to start from .*first.*give --init-from again"):
+        train(config, data, run, resume=True, show_progress=False)
+    train(config, data, run, resume=True, init_from=given, show_progress=False)
+    assert record(run)["sha256"] == given.sha256
+    card = (run / "MODEL_CARD.md").read_text()
+    assert f"Start: fine-tuned from {first} (SHA-256 {given.sha256}; pictures drawn" in card
+    assert 'license: "other"' in card
 
 
 def test_pytorchs_weights_of_other_channels_are_taken_as_far_as_they_fit(tmp_path: Path):
@@ -142,6 +173,10 @@ def test_a_runs_record_is_a_preset(config, first, tmp_path):
     name, rest = take_preset([str(first / "config.json"), "--train.epochs", "2"])
     assert rest == ["--train.epochs", "2"]
     assert preset(name).train.seed == 5
+    record = json.loads((first / "config.json").read_text())
+    record["config"]["optimizer"] |= {"extend": "hold", "extended_at": [3]}
+    (tmp_path / "longer.json").write_text(json.dumps(record))
+    assert preset(str(tmp_path / "longer.json")).optimizer.extended_at == ()
     assert take_preset(["--preset", str(first)]) == (str(first), [])
     assert take_preset(["--preset=own"]) == ("own", [])
     copied = tmp_path / "mine.json"
