@@ -81,6 +81,7 @@ OTHERS = {  # of each field that has no obvious other value
     "clip_norm": 1.0, "accumulate_steps": 2, "ema_decay": 0.9, "extended_at": (3,),
     "num_logits": 2, "eval_batch_size": 8, "depth": 3, "width": 8,
     "learning_rate": 0.5, "threshold": 0.3, "weights": "imagenet",
+    "microbatch": 4,
     "augmentation": AugmentationConfig(noise=0.1),
 }  # fmt: skip
 
