@@ -42,7 +42,7 @@ def export(
         )
     check_writable(out.resolve().parent, "--out")
     if kind == "onnx":
-        _check_onnx()
+        check_onnx()
     model = load(run, which, views)
     said = metadata(run, model)
     if kind == "onnx":
@@ -66,10 +66,11 @@ def metadata(run: Path, model: TrainedModel) -> dict[str, str]:
     }
 
 
-def _check_onnx() -> None:
+def check_onnx() -> None:
+    """Raise `ConfigError` where the package onnx is missing."""
     try:
         import onnx  # noqa: F401 -- only whether it is there
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "--format onnx needs the package onnx: python -m pip install -e '.[onnx]'."
+            "An ONNX file is written by the package onnx: python -m pip install -e '.[onnx]'."
         ) from error
