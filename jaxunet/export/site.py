@@ -205,9 +205,9 @@ def _facts(said: Mapping[str, str]) -> dict[str, str]:
         "Trained on": f"{said['data']} ({said['licence']})",
     }
     for result in json.loads(said["results"]):
-        scores = ", ".join(f"{_scored(name, result)}" for name in ("dice", "iou"))
+        scores = ", ".join(_scored(name, result) for name in ("dice", "iou"))
         facts[f"Scores, {result['data']}"] = f"{scores}; means over {result['count']} images"
-    facts["Written"] = f"{said['made']}, by {said['exported_by']}"
+    facts["Written"] = f"{said['made']}, by {said['exported_by'].replace(' jax ', ' and jax ')}"
     return facts
 
 

@@ -55,7 +55,7 @@ async function take(files) {
     const asked = threshold;
     show(file.name, await ask("segment", { file, threshold }));
     const others = files.length > 1 ? ` Of ${files.length} files, the first was taken.` : "";
-    say(`${file.name}: ${area()}.${others}`);
+    say(`${file.name} is done, ${percent()} of it lesion.${others}`);
     if (threshold !== asked) outline();
   } catch (error) {
     say(error.message, true);
@@ -90,9 +90,12 @@ function draw(canvas, bitmap) {
 
 function area() {
   const { width, height, lesion } = shown;
-  const percent = ((100 * lesion) / (width * height)).toFixed(1);
   const [part, all] = [lesion, width * height].map((count) => count.toLocaleString("en"));
-  return `${part} of ${all} pixels are lesion, ${percent}%`;
+  return `${part} of ${all} pixels are lesion, ${percent()}`;
+}
+
+function percent() {
+  return `${((100 * shown.lesion) / (shown.width * shown.height)).toFixed(1)}%`;
 }
 
 let outlining = false;
@@ -109,7 +112,7 @@ async function outline() { // while one is drawn, the slider may move on: then o
       const { layer, lesion } = await ask("outline", { threshold });
       showLayer(layer, lesion);
     }
-    say(`Threshold ${threshold}: ${area()}.`);
+    say(`Above ${threshold}, ${percent()} of ${shown.name} is lesion.`);
   } catch (error) {
     say(error.message, true);
   } finally {
