@@ -67,7 +67,7 @@ def make_site(
     """
     check_onnx()
     check_free(out)
-    copied = _runtime_files(runtime) if runtime else {}
+    copied = read_runtime(runtime) if runtime else {}
     check_writable(out, "--out")
     model = load(run, which, views)
     return write_site(model, metadata(run, model), out, copied)
@@ -128,7 +128,7 @@ def _put(made: Path, out: Path) -> list[Path]:
     return [out / name for name in names]
 
 
-def _runtime_files(folder: Path) -> dict[str, bytes]:
+def read_runtime(folder: Path) -> dict[str, bytes]:
     """The runtime's files by name.
 
     Raises:
