@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,8 +78,9 @@ def write_site(
     """As `make_site`, of a model, what is said of it, and the runtime's files, if any."""
     from jaxunet.export.onnx_file import make_onnx, write_onnx  # the extra `[onnx]`
 
-    # All is written beside first: what is there goes on working until the new is whole.
-    made = out.with_name(f".{out.name}-{os.getpid()}")
+    # All is written beside first: an earlier page goes on working until the new one is whole.
+    made = out / ".jaxunet-site"
+    shutil.rmtree(made, ignore_errors=True)  # of one that was killed
     try:
         made.mkdir(parents=True)
         write_onnx(make_onnx(model, said, native=True), made / "unet.onnx")
@@ -105,8 +105,11 @@ def integrity(contents: bytes) -> str:
 
 
 def check_free(out: Path) -> None:
-    """Raise `RunError` where `out` is a folder that holds something else than a site."""
-    if not out.is_dir() or not any(out.iterdir()):
+    """Raise `RunError` where `out` is a folder that holds something else than a site.
+
+    Hidden files, such as `.git`, are nobody's page, and stay.
+    """
+    if not out.is_dir() or all(each.name.startswith(".") for each in out.iterdir()):
         return
     index = out / "index.html"
     if not (index.is_file() and GENERATOR in index.read_text("utf-8", "replace")):
@@ -119,7 +122,6 @@ def check_free(out: Path) -> None:
 def _put(made: Path, out: Path) -> list[Path]:
     """Move a site's files to where they belong; of an earlier site, the page itself last."""
     names = sorted((each.name for each in made.iterdir()), key="index.html".__eq__)
-    out.mkdir(parents=True, exist_ok=True)
     for name in names:
         (made / name).replace(out / name)
     for name, _ in RUNTIME.values():  # of an earlier site, where this one loads it
@@ -185,7 +187,8 @@ def _policy(place: str) -> str:
     """What the page may load and where it may connect to, for the browser to enforce."""
     rules = {
         "default-src": "'none'",
-        "script-src": "'self' blob: 'wasm-unsafe-eval'",  # blobs: fetched, and their hash checked
+        # Blobs: what was fetched, and had the hash that is known.
+        "script-src": "'self' blob: 'wasm-unsafe-eval'",
         "worker-src": "blob:",
         "connect-src": f"'self' {place}".strip(),
         "style-src": "'self'",

@@ -31,6 +31,7 @@ from jaxunet.learning.steps import predict_step
 from jaxunet.model.portable import portable
 from jaxunet.runs.loading import TrainedModel
 
+
 def pictures(count: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
 

@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from jaxunet.config import ModelConfig
 from jaxunet.data.images import read_image
 from jaxunet.errors import ConfigError, RunError
+from jaxunet.export import site
 from jaxunet.export.site import (
     ON_CDN,
     RUNTIME,
@@ -62,29 +63,29 @@ MODEL = model_of(ModelConfig(width=4, depth=2))
 
 
 def test_a_site_says_what_it_holds_and_connects_to_what_it_names(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    write_site(MODEL, SAID, site, {})
-    page = (site / "index.html").read_text()
-    assert {each.name for each in site.iterdir()} >= {"page.js", "worker.js", "unet.onnx"}
+    out = tmp_path / "site"
+    write_site(MODEL, SAID, out, {})
+    page = (out / "index.html").read_text()
+    assert {each.name for each in out.iterdir()} >= {"page.js", "worker.js", "unet.onnx"}
     assert "not a &lt;medical&gt; device" in page
     assert "Dice 0.912 (95% interval 0.900 to 0.920), IoU 0.800; means over 5 images" in page
     settings = json.loads(re.search(r'id="settings">(.*)</script>', page)[1])
     assert settings["threshold"] == THRESHOLD
-    assert settings["model"]["integrity"] == integrity((site / "unet.onnx").read_bytes())
+    assert settings["model"]["integrity"] == integrity((out / "unet.onnx").read_bytes())
     assert settings["runtime"]["code"]["url"] == f"{ON_CDN}ort.wasm.bundle.min.mjs"
     assert f"connect-src 'self' {ON_CDN};" in page
     for name in re.findall(r'(?:src|href|data-sample)="([\w.-]+)"', page):
-        assert (site / name).is_file(), name
+        assert (out / name).is_file(), name
 
     # Again, into what is there: another file of the user's stays, an earlier runtime goes.
-    (site / "CNAME").write_text("example.org")
-    (site / RUNTIME["code"][0]).touch()
-    check_free(site)
-    write_site(MODEL, {**SAID, "use": "anew"}, site, {})
-    assert "anew" in (site / "index.html").read_text()
-    assert (site / "CNAME").read_text() == "example.org"
-    assert not (site / RUNTIME["code"][0]).exists()
-    assert [each.name for each in tmp_path.iterdir()] == ["site"]
+    (out / "CNAME").write_text("example.org")
+    (out / RUNTIME["code"][0]).touch()
+    check_free(out)
+    write_site(MODEL, {**SAID, "use": "anew"}, out, {})
+    assert "anew" in (out / "index.html").read_text()
+    assert (out / "CNAME").read_text() == "example.org"
+    assert not (out / RUNTIME["code"][0]).exists()
+    assert not list(out.glob(".*"))
 
 
 def test_other_folders_and_other_runtimes_are_refused(tmp_path: Path) -> None:
@@ -106,6 +107,10 @@ def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             asked.append(self.path)
+
+        def end_headers(self) -> None:
+            self.send_header("Access-Control-Allow-Origin", "*")  # as a CDN does
+            super().end_headers()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     Thread(target=server.serve_forever, daemon=True).start()
@@ -194,7 +199,8 @@ def grey(path: Path) -> Path:
 
 def transparent(path: Path) -> Path:
     image = picture(1, 64, 129)
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    faint = Image.linear_gradient("L").resize(image.size).point(lambda value: value // 25)
+    image.putalpha(faint)  # of the colours little is left when they are multiplied by it
     image.save(path := path / "transparent.png")
     return path
 
@@ -207,7 +213,7 @@ def turned(path: Path) -> Path:
 
 
 def palette(path: Path) -> Path:
-    image = picture(3, 19, 23).quantize(32)
+    image = picture(3, 119, 123).quantize(32)
     image.save(path := path / "palette.png", transparency=5)
     return path
 
@@ -294,3 +300,21 @@ def test_the_page_can_reach_nobody_else(page: Page, tmp_path: Path) -> None:
     assert asked == []
     fetched = page.run("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert all(name.startswith((page.driver.current_url, "blob:")) for name in fetched)
+
+
+def test_a_runtime_from_elsewhere_is_used_only_as_it_is_known(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(Path(os.environ["JAXUNET_ORT_WEB"])) as (elsewhere, asked):
+        monkeypatch.setattr(site, "ON_CDN", elsewhere)
+        write_site(MODEL, SAID, tmp_path, {})
+        index = tmp_path / "index.html"
+        (tmp_path / "other.html").write_text(
+            index.read_text().replace(RUNTIME["binary"][1], integrity(b"other"))
+        )
+        with served(tmp_path) as (address, _):
+            page.driver.get(address)
+            page.until(lambda: page["status"].text.startswith("Ready"))
+            assert {path.strip("/") for path in asked} == {name for name, _ in RUNTIME.values()}
+            page.driver.get(f"{address}other.html")
+            page.until(lambda: "is not the file that this page was made" in page["status"].text)
