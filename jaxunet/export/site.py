@@ -176,7 +176,7 @@ def _page(said: Mapping[str, str], network: str, has_runtime: bool) -> str:
         policy=_policy(place),
         settings=json.dumps(settings).replace("<", "\\u003c"),
         use=html.escape(said["use"]),
-        places="its own folder" if has_runtime else f"its own folder and {CDN}",
+        places="its own server" if has_runtime else f"its own server and to {CDN}",
         samples=samples,
         threshold=threshold,
         facts=facts,

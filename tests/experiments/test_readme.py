@@ -34,7 +34,6 @@ NOT_HERE = {
     r"python tests/faults/kills\.py": "an hour of kills; tests/faults/test_kills.py has fewer",
     r"python tests/faults/long_run\.py": "long; tests/faults/test_long_run.py is short",
     r"python tests/bad_input/record\.py": "minutes; tests/bad_input/test_table.py",
-    r"npm ": "brings a package; .ci/run does it",
     r"python -m http\.server": "serves until it is stopped; tests/export/test_page.py serves",
     r"gcloud ": "needs a TPU slice",
     r"sbatch |srun ": "needs a Slurm cluster",

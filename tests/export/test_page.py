@@ -30,6 +30,7 @@ from jaxunet.export import site
 from jaxunet.export.site import (
     ON_CDN,
     RUNTIME,
+    RUNTIME_VERSION,
     check_free,
     integrity,
     read_runtime,
@@ -97,6 +98,8 @@ def test_other_folders_and_other_runtimes_are_refused(tmp_path: Path) -> None:
     (tmp_path / RUNTIME["code"][0]).touch()
     with pytest.raises(ConfigError, match=r"another version.*npm pack onnxruntime-web@1\."):
         read_runtime(tmp_path)
+    readme = Path(__file__).parents[2] / "experiments" / "README.md"
+    assert f"`npm pack onnxruntime-web@{RUNTIME_VERSION}`" in readme.read_text()
 
 
 @contextmanager

@@ -30,7 +30,11 @@ async function start() {
     waiting.delete(number);
     return problem ? reject(new Error(problem)) : resolve(result);
   };
-  worker.onerror = () => say("This browser is too old for this page.", true);
+  worker.onerror = () => {
+    for (const { reject } of waiting.values()) reject(new Error("This browser is too old " +
+      "for this page: it needs module workers and OffscreenCanvas."));
+    waiting.clear();
+  };
   await ask("open", { ...settings, model: whole(settings.model), runtime: {
     code: whole(settings.runtime.code), binary: whole(settings.runtime.binary) } });
   if (!busy) say("Ready: choose a picture.");
@@ -61,6 +65,15 @@ async function take(files) {
     say(error.message, true);
   } finally {
     $("busy").hidden = !--busy;
+  }
+}
+
+async function takeSample(name) {
+  try {
+    const blob = await (await fetch(name)).blob();
+    await take([new File([blob], name, { type: blob.type })]);
+  } catch (error) {
+    say(`${name} could not be loaded (${error.message}).`, true);
   }
 }
 
@@ -145,7 +158,7 @@ async function save() {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
   // As pathlib's stem: all but the last ending.
-  link.download = `${shown.name.replace(/(?<=[^.])\.[^.]+$/, "")}_segmentation.png`;
+  link.download = `${shown.name.replace(/(.)\.[^.]+$/, "$1")}_segmentation.png`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   say(`${link.download} is in your downloads.`);
@@ -158,11 +171,7 @@ for (const input of [$("file"), $("camera")]) {
   });
 }
 for (const button of document.querySelectorAll("[data-sample]")) {
-  button.addEventListener("click", async () => {
-    const name = button.dataset.sample;
-    const blob = await (await fetch(name)).blob();
-    take([new File([blob], name, { type: blob.type })]);
-  });
+  button.addEventListener("click", () => takeSample(button.dataset.sample));
 }
 document.addEventListener("paste", (event) => take([...event.clipboardData.files]));
 document.addEventListener("dragover", (event) => {

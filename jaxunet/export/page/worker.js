@@ -33,8 +33,8 @@ self.onmessage = ({ data: { number, task, given } }) => {
 function unexpected(error) {
   const memory = error instanceof RangeError || /memory|alloc/i.test(error.message);
   return memory
-    ? "There is not enough memory for this picture here. Save it smaller."
-    : `This went wrong: ${error.message ?? error}`; // onnxruntime also throws numbers
+    ? "There is not enough memory for this picture here. Reload the page, and save it smaller."
+    : `This went wrong: ${error.message ?? error}.`; // onnxruntime also throws numbers
 }
 
 function tell(stage) {
