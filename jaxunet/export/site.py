@@ -208,7 +208,7 @@ def _facts(said: Mapping[str, str]) -> dict[str, str]:
         "Trained on": f"{said['data']} ({said['licence']})",
     }
     for result in json.loads(said["results"]):
-        scores = ", ".join(_scored(name, result) for name in ("dice", "iou"))
+        scores = f"Dice {_scored('dice', result)}, IoU {_scored('iou', result)}"
         facts[f"Scores, {result['data']}"] = f"{scores}; means over {result['count']} images"
     facts["Written"] = f"{said['made']}, by {said['exported_by'].replace(' jax ', ' and jax ')}"
     return facts
@@ -217,7 +217,7 @@ def _facts(said: Mapping[str, str]) -> dict[str, str]:
 def _scored(name: str, result: dict[str, Any]) -> str:
     ends = result["intervals"].get(name)
     between = f" (95% interval {ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
-    return f"{ {'dice': 'Dice', 'iou': 'IoU'}[name] } {result['scores'][name]:.3f}{between}"
+    return f"{result['scores'][name]:.3f}{between}"
 
 
 def _sample(number: int) -> str:
