@@ -7,13 +7,10 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
-import jax
 import tyro
 from command_line import parse, run_script
 from model_options import ModelOptions
 
-from jaxunet.devices.strategies import make_strategy
-from jaxunet.errors import ConfigError
 from jaxunet.export.files import Format, export
 from jaxunet.runs.model_card import write_card
 
@@ -35,13 +32,8 @@ class Arguments(ModelOptions):
 
 def main() -> None:
     arguments = parse(Arguments, "Export a run's model, with what comes before and after it.")
-    if arguments.clean:
-        raise ConfigError(
-            "--clean is no part of a network: it looks for regions of the finished mask. Leave "
-            "it out, and clean masks up after it."
-        )
     said = export(
-        lambda: arguments.load(arguments.run, make_strategy("jit", jax.local_devices()[:1])),
+        lambda: arguments.load_to_export(arguments.run),
         arguments.out,
         arguments.format,
         native=arguments.native,

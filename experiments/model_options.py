@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+import jax
+
 from jaxunet.devices import tuning
-from jaxunet.devices.strategies import Strategy
+from jaxunet.devices.strategies import Strategy, make_strategy
 from jaxunet.errors import ConfigError
 from jaxunet.learning.views import Views
 from jaxunet.runs.calibration import Auto, settle
@@ -55,6 +57,19 @@ class ModelOptions(RunOptions):
             temperature=self.temperature,
             show_progress=show_progress,
         )
+
+    def load_to_export(self, run: Path) -> TrainedModel:
+        """The model of `run` as a program without masks.
+
+        Raises:
+            ConfigError: they are to be cleaned up.
+        """
+        if self.clean:
+            raise ConfigError(
+                "--clean is no part of a network: it looks for regions of the finished mask. "
+                "Leave it out, and clean masks up after it."
+            )
+        return self.load(run, make_strategy("jit", jax.local_devices()[:1]))
 
     def described(self, model: TrainedModel) -> dict[str, Any]:
         """What a result says of the model that it is of."""

@@ -37,7 +37,7 @@ def export(
         )
     check_writable(out.resolve().parent, "--out")
     if kind == "onnx":
-        _check_onnx()
+        check_onnx()
     trained = model()
     said = {**metadata(trained), "native": json.dumps(native)}
     if kind == "onnx":
@@ -68,10 +68,11 @@ def metadata(model: TrainedModel) -> dict[str, str]:
     }
 
 
-def _check_onnx() -> None:
+def check_onnx() -> None:
+    """Raise `ConfigError` where the package onnx is missing."""
     try:
         import onnx  # noqa: F401 -- only whether it is there
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "--format onnx needs the package onnx: python -m pip install -e '.[onnx]'."
+            "An ONNX file is written by the package onnx: python -m pip install -e '.[onnx]'."
         ) from error

@@ -34,6 +34,7 @@ NOT_HERE = {
     r"python tests/faults/kills\.py": "an hour of kills; tests/faults/test_kills.py has fewer",
     r"python tests/faults/long_run\.py": "long; tests/faults/test_long_run.py is short",
     r"python tests/bad_input/record\.py": "minutes; tests/bad_input/test_table.py",
+    r"python -m http\.server": "serves until it is stopped; tests/export/test_page.py serves",
     r"gcloud ": "needs a TPU slice",
     r"sbatch |srun ": "needs a Slurm cluster",
     r"mpirun ": "needs Open MPI and several hosts",
@@ -108,6 +109,7 @@ SHORT = {
     "import_pytorch.py": [*SMALL, "--train.eval-batch-size", 8],
     "export_pytorch.py": [],
     "export.py": [],
+    "make_demo.py": [],
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import yaml
+from drawn_model import SIDE, model_of
 from PIL import Image
 from scripts import SMALL
 from scripts import run as run_script
@@ -19,7 +20,7 @@ from tiny_encoder import TINY, tiny_encoder
 
 from jaxunet.bench.exported import config_of, measure_exported
 from jaxunet.bench.setting import Setting, Timing
-from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.config import Config, ModelConfig, TrainConfig
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.export.conversion import add_program
 from jaxunet.export.files import export
@@ -28,31 +29,10 @@ from jaxunet.export.onnx_file import make_onnx, write_onnx
 from jaxunet.export.program import program_of
 from jaxunet.export.stablehlo import PLATFORMS, make_stablehlo
 from jaxunet.inference.model import Model, load
-from jaxunet.learning.steps import init_state, make_recipe, predict_step
+from jaxunet.learning.steps import predict_step
 from jaxunet.model.portable import portable
-from jaxunet.runs.loading import Member, TrainedModel
+from jaxunet.runs.loading import TrainedModel
 from jaxunet.runs.loading import load as load_trained
-
-SIDE = 22  # which no pooling divides often
-
-
-def model_of(config: ModelConfig, views: str = "none") -> TrainedModel:
-    """Of weights that give probabilities from near 0 to near 1."""
-    whole = Config(data=DataConfig(image_size=SIDE), model=config)
-    recipe = replace(make_recipe(whole), views=views)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(partial(init_state, recipe)).variables
-
-    def drawn(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        fan = max(1, leaf.size // leaf.shape[-1]) if len(leaf.shape) > 1 else 9
-        spread = 12 if path[-2].key == "head" else 2
-        return rng.normal(0, (spread / fan) ** 0.5, leaf.shape).astype(np.float32)
-
-    variables = jax.tree_util.tree_map_with_path(drawn, shapes)
-    member = Member(Path("run"), "latest", whole, 7, 1, "")
-    return TrainedModel(recipe, variables, (member,))
 
 
 def pictures(count: int) -> np.ndarray:

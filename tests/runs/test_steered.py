@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from command_line import preset, take_preset
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.config_json import to_dict
@@ -169,7 +168,10 @@ def test_a_batch_in_parts_is_the_batch(config, data, tmp_path):
         TrainConfig(batch_size=8, microbatch=3)
 
 
-def test_a_runs_record_is_a_preset(config, first, tmp_path):
+def test_a_runs_record_is_a_preset(config, first, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
+    from command_line import preset, take_preset
+
     name, rest = take_preset([str(first / "config.json"), "--train.epochs", "2"])
     assert rest == ["--train.epochs", "2"]
     assert preset(name).train.seed == 5
