@@ -59,7 +59,9 @@ def laptop() -> Config:
     python -m pip install -e '.[pretrained]'
     python experiments/train.py laptop --data.dir ISIC2018
 
-    TIMES
+    2,000 pairs took 11 min 22 s on two cores of an AMD EPYC (AVX2), with preparation and
+    compilation, and gave a validation Dice of 0.902, IoU 0.833, threshold Jaccard 0.784
+    (experiments/results/isic2018-laptop.json; one seed).
     """
     return Config(
         data=DataConfig(name="isic2018", image_size=128, cache="host"),

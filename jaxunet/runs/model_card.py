@@ -118,8 +118,9 @@ def card(known: dict[str, Any], name: str) -> str:
 A U-Net that marks skin lesions in dermoscopic pictures: encoder {known["encoder"]}, pictures of
 {known["image_size"]} px, a pixel is lesion above {known["threshold"]}.
 
-**{known["use"]}** Dermoscopy of one kind of camera and of light skin is most of what such data
-show; what it does on other pictures is not known, and nothing here was tested on patients.
+**{known["use"]}**
+What it does on pictures unlike those it was trained on, of another camera or another skin, is not
+known, and nothing here was tested on patients.
 
 ## Training
 
