@@ -2,7 +2,9 @@
 
 On a CPU, where XLA's grouped convolution is slow, it and its gradients are our own loops
 (`jaxunet.model.cpu`); where those can't be, sums of shifted products, which XLA makes one loop
-over memory of. Elsewhere it is XLA's own.
+over memory of. Elsewhere it is XLA's own. For a TPU v5e the shifted products would take three
+to seven times its cycles, forward and backward: 0.19 M for [8, 32, 32, 144] and 3x3, not 0.76
+(XLA's estimate, bfloat16, jax 0.12.0.1).
 """
 
 from functools import lru_cache, partial, reduce

@@ -1,6 +1,8 @@
 """The 3x3 max-pool of stride 2, with a gradient that is the same bits at each run.
 
-XLA's own is select-and-scatter, which has no deterministic form on a GPU.
+XLA's own is select-and-scatter, which has no deterministic form on a GPU. On a TPU it has, and
+costs least: 0.20 M cycles of a v5e for images [8, 128, 128, 64] in bfloat16, forward and
+backward, where the sums below cost 2.95 M (XLA's estimate, jax 0.12.0.1).
 """
 
 import itertools
@@ -22,9 +24,13 @@ def max_pool3x3(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """3x3 max-pool of stride 2 and padding 1, as PyTorch's.
 
     Where a maximum is tied, the first one in row-major order takes the whole gradient, as in
-    PyTorch. The gradient compares the place of each window's maximum with each place of the
-    window, and adds up what a pixel won: sums of shifted images, no scatter.
+    PyTorch. Except on a TPU the gradient compares the place of each window's maximum with each
+    place of the window, and adds up what a pixel won: sums of shifted images, no scatter.
     """
+    return _highest(x)
+
+
+def _highest(x: Image) -> Image:
     window, strides = (1, SIZE, SIZE, 1), (1, STRIDE, STRIDE, 1)
     return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, PADDING)
 
@@ -82,6 +88,16 @@ def _forward_rule(x: Image) -> tuple[Image, tuple[Image, Image]]:
     return y, (x, y)
 
 
-max_pool3x3.defvjp(
-    _forward_rule, lambda saved, dy: (_gradient(saved[0], _winners(*saved), dy),)
-)
+def _backward_rule(saved: tuple[Image, Image], dy: Image) -> tuple[Image]:
+    return (lax.platform_dependent(*saved, dy, tpu=_scattered, default=_given_to_winners),)
+
+
+def _scattered(x: Image, y: Image, dy: Image) -> Image:
+    return jax.vjp(_highest, x)[1](dy)[0]
+
+
+def _given_to_winners(x: Image, y: Image, dy: Image) -> Image:
+    return _gradient(x, _winners(x, y), dy)
+
+
+max_pool3x3.defvjp(_forward_rule, _backward_rule)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jaxunet.model import cpu, depthwise
+from jaxunet.model import cpu, depthwise, pooling
 from jaxunet.model.depthwise import depthwise_conv
 from jaxunet.model.pooling import max_pool3x3
 
@@ -67,8 +67,12 @@ def test_depthwise_convolution_and_its_gradients_are_pytorchs(
     np.testing.assert_allclose(dkernel, weight.grad.permute(2, 3, 1, 0), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("form", ["tpu", "default"])
 @pytest.mark.parametrize("sides", [(6, 8), (7, 5), (1, 2)])
-def test_max_pool3x3_and_its_gradient_are_pytorchs(sides):
+def test_max_pool3x3_and_its_gradient_are_pytorchs(sides, form, monkeypatch):
+    monkeypatch.setattr(
+        pooling.lax, "platform_dependent", lambda *operands, **forms: forms[form](*operands)
+    )
     # Few values, so that many maxima are tied.
     x = np.round(normal(0, 2, *sides, 3))
     images = nchw(x).requires_grad_()
