@@ -119,8 +119,8 @@ A U-Net that marks skin lesions in dermoscopic pictures: encoder {known["encoder
 {known["image_size"]} px, a pixel is lesion above {known["threshold"]}.
 
 **{known["use"]}**
-What it does on pictures unlike those it was trained on, of another camera or another skin, is not
-known, and nothing here was tested on patients.
+What it does on pictures unlike those it was trained on, of another camera or another skin, is
+not known, and nothing here was tested on patients.
 
 ## Training
 
