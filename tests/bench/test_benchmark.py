@@ -119,14 +119,22 @@ def test_a_step_is_compiled_timed_and_counted(mode, cache):
     settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in settings]
     jax.config.update("jax_enable_compilation_cache", cache)
+    events = []
+
+    def listen(event: str, **_: object) -> None:
+        events.append(event)
+
+    jax.monitoring.register_event_listener(listen)
     try:
         found = steps.make_step(strategy, config, mode, state, 3)
     finally:
+        jax.monitoring.unregister_event_listener(listen)
         jax.config.update("jax_enable_compilation_cache", True)
     assert [getattr(jax.config, name) for name in settings] == before
     assert found.compile_seconds > 0
     if cache:  # loaded, not compiled again
-        assert found.cached_compile_seconds < found.compile_seconds
+        assert found.cached_compile_seconds > 0
+        assert "/jax/compilation_cache/cache_hits" in events
     else:
         assert found.cached_compile_seconds is None
     assert found.program_bytes > 3 * 16 * 16 * 3
