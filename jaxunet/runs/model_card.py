@@ -48,6 +48,8 @@ def facts(run: Path) -> dict[str, Any]:
         "threshold": config.train.threshold,
         "data": described if known else "not recorded",
         "licence": LICENCES[known][1],
+        # What it began with may have another.
+        "licence_id": "other" if "init_from" in record else LICENCES[known][0],
         "results": _results(run, config.train.threshold),
     }
 
@@ -94,12 +96,10 @@ def card(known: dict[str, Any], name: str) -> str:
         known: what `facts` gives.
         name: of the model.
     """
-    words = {text: word for word, text in LICENCES.values()}
-    others = known["fine_tuned_from"] or known["imported_from"]
     as_it_is = {**AS_IT_IS, "threshold": known["threshold"]}
     results = [each for each in known["results"] if each["way"] == as_it_is]
     head = {
-        "license": "other" if others else words[known["licence"]],
+        "license": known["licence_id"],
         "library_name": "jaxunet",
         "pipeline_tag": "image-segmentation",
         "tags": ["jax", "flax", "unet", "image-segmentation", "dermoscopy"],

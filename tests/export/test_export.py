@@ -61,7 +61,7 @@ def check(model: TrainedModel) -> list[str]:
 @pytest.mark.parametrize(
     ("config", "views"),
     [
-        (ModelConfig(width=4, depth=3), "none"),
+        (ModelConfig(width=4, depth=3, remat=True), "none"),
         (ModelConfig(width=4, depth=3, norm="batch", num_logits=2), "d4"),
         (
             ModelConfig(width=4, depth=3, norm="group", upsampling="bilinear", skip="pad"),
