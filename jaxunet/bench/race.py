@@ -1,7 +1,5 @@
 """jaxunet's steps, and each form of PyTorch in turn with them."""
 
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from jaxunet.bench.steps import (
     make_step,
     step_flops,
 )
+from jaxunet.devices.memory import peak_memory
 from jaxunet.devices.strategies import Strategy, make_strategy
 
 
@@ -67,7 +66,7 @@ def _measure(
     times = time_rounds({"jaxunet": ours}, timing.rounds, timing.seconds)["jaxunet"]
     entry = point[mode] = {
         "jaxunet": _describe(ours, times, batch_size, flops, peak_rate),
-        "memory": peak_memory(jax.devices()[0]),
+        "memory": peak_memory(strategy.devices),
     }
     if ours.loss is not None:
         entry["first_loss"] = {"jaxunet": ours.loss}
@@ -119,14 +118,4 @@ def _describe(
         "cached_compile_seconds": ours.cached_compile_seconds,
         "warm_up_seconds": ours.warm_up_seconds,
         "program_bytes": ours.program_bytes,
-    }
-
-
-def peak_memory(device: jax.Device) -> dict[str, int | None]:
-    """Peak bytes of JAX on the device (None where it doesn't tell) and of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {
-        "device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        "process_bytes": process,
     }

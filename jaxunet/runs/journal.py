@@ -17,6 +17,7 @@ from jaxunet.learning.optim import make_schedule
 from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.evaluation import Evaluation
 from jaxunet.runs.log import MetricsLog
+from jaxunet.runs.pace import Pace
 
 STEPS_IN_FLIGHT = 2  # dispatched before the loop waits for the oldest one's loss
 
@@ -63,6 +64,7 @@ class Journal:
             position.lines = self._log.lines
         self._bar: Bar[Any] = Bar("", 0, show=False)
         self._since = time.perf_counter()
+        self._pace = Pace()
 
     @contextmanager
     def epoch(self, step: int) -> Iterator[None]:
@@ -76,6 +78,7 @@ class Journal:
             unit="step",
             show=self._show,
         ) as self._bar:
+            self._pace.begin()
             yield
 
     def note(self, step: int, metrics: Any) -> None:
@@ -153,14 +156,29 @@ class Journal:
                 )
             position.epoch_loss += values["loss"] * values["examples"]
             position.epoch_examples += values["examples"]
+            self._pace.add(values["examples"])
             self._bar.note(f"loss={values['loss']:.4f}")
             if step % self._config.train.log_every == 0:
                 del values["examples"]
                 values["learning_rate"] = float(self._schedule(step - 1))
-                self._write(step, position.evaluated_epochs + 1, "train", values)
+                epoch, measured = position.evaluated_epochs + 1, self._pace.measured()
+                self._write(step, epoch, "train", values, measured)
 
-    def _write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
+    def _write(
+        self,
+        step: int,
+        epoch: int,
+        split: str,
+        values: dict[str, float],
+        measured: dict[str, float] | None = None,
+    ) -> None:
         if self._log is not None:
-            seconds = self.seconds()
-            self._log.write(step=step, epoch=epoch, split=split, values=values, seconds=seconds)
+            self._log.write(
+                step=step,
+                epoch=epoch,
+                split=split,
+                values=values,
+                seconds=self.seconds(),
+                measured=measured,
+            )
         self._position.lines += 1

@@ -1,4 +1,4 @@
-"""What a run logs while it trains: metrics.jsonl, and TensorBoard's event files."""
+"""What a run logs while it trains: metrics.jsonl, metrics.csv, TensorBoard's event files."""
 
 import json
 import sys
@@ -10,11 +10,12 @@ from typing import Any
 
 from jaxunet.errors import RunError
 from jaxunet.files import why, write_atomically
+from jaxunet.runs.metrics_table import MetricsTable
 from jaxunet.runs.record import read_metrics
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and to TensorBoard's event files."""
+    """Appends to metrics.jsonl, its table metrics.csv, and TensorBoard's event files."""
 
     def __init__(self, run: Path, *, keep_lines: int, step: int):
         """Go on at `step` after `keep_lines` lines; a killed run's later ones are dropped.
@@ -28,22 +29,34 @@ class MetricsLog:
         with self._writing():
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a", encoding="utf-8")
+            self._table = MetricsTable(run / "metrics.csv", kept)
             self._events = Events(run / "tensorboard", purge_step=step + 1)
 
     def write(
-        self, *, step: int, epoch: int, split: str, values: dict[str, float], seconds: float
+        self,
+        *,
+        step: int,
+        epoch: int,
+        split: str,
+        values: dict[str, float],
+        seconds: float,
+        measured: dict[str, float] | None = None,
     ) -> None:
-        line = {
+        """Args: values: which a run with the same seed has too; measured: which it has not."""
+        line: dict[str, Any] = {
             "step": step,
             "epoch": epoch,
             "split": split,
             "values": values,
             "wall_seconds": round(seconds, 3),
         }
+        if measured:
+            line["measured"] = measured
         with self._writing():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for name, value in values.items():
+            self._table.write(line)
+            for name, value in (values | (measured or {})).items():
                 self._events.write(f"{split}/{name}", value, step)
 
     @contextmanager
@@ -52,17 +65,16 @@ class MetricsLog:
             yield
         except OSError as error:
             raise RunError(
-                f"The log in {self._folder} (metrics.jsonl, tensorboard/) cannot be written "
+                f"The log in {self._folder} (metrics.jsonl, metrics.csv, tensorboard/) cannot be written "
                 f"to: {why(error, self._folder)} What was saved before is whole. Once that is "
                 "mended, go on with --resume."
             ) from error
 
     def close(self) -> None:
         # On a full disk even this fails; what was flushed before is all there is.
-        with suppress(OSError):
-            self._file.close()
-        with suppress(OSError):
-            self._events.close()
+        for file in (self._file, self._table, self._events):
+            with suppress(OSError):
+                file.close()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a run directory takes, refuses and leaves alone."""
 
+import csv
 import errno
 import fcntl
 import json
@@ -99,6 +100,48 @@ def test_a_log_that_was_moved_away_has_each_step_once(tmp_path):
     kept = log(5, [6, 7, 8])  # of which 6 alone was saved before a kill
     assert log(kept + 1, [7, 8]) == 1
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [6, 7, 8]
+    with (tmp_path / "metrics.csv").open() as table:
+        assert [row["step"] for row in csv.DictReader(table)] == ["6", "7", "8"]
+
+
+def test_the_table_holds_what_the_log_does(tmp_path):
+    """Through a kill in the middle of a row, and of a run that had none, with other values."""
+    earlier = {"step": 1, "split": "train", "values": {"old": 0.1}, "wall_seconds": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(earlier) + "\n")
+
+    def log(keep, step):
+        opened = MetricsLog(tmp_path, keep_lines=keep, step=step - 1)
+        opened.write(
+            step=step,
+            epoch=1,
+            split="train",
+            values={"loss": 1 / step},
+            seconds=step,
+            measured={"peak_process_bytes": 10**12 + step},
+        )
+        opened.close()
+
+    log(1, 2)
+    log(2, 3)
+    with (tmp_path / "metrics.csv").open("a") as table:
+        table.write("4,1,tr")
+    log(2, 3)
+    with (tmp_path / "metrics.csv").open() as table:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(table)]
+    assert rows == [
+        {"step": "1", "split": "train", "old": "0.1", "wall_seconds": "0.5"},
+        *(
+            {
+                "step": str(step),
+                "epoch": "1",
+                "split": "train",
+                "loss": repr(1 / step),
+                "wall_seconds": str(step),
+                "peak_process_bytes": str(10**12 + step),
+            }
+            for step in (2, 3)
+        ),
+    ]
 
 
 def test_a_log_that_cannot_be_written_is_named_before_training(tmp_path):
