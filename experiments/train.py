@@ -18,7 +18,9 @@ from jaxunet.devices.startup import STARTED
 from jaxunet.errors import ConfigError
 from jaxunet.interop.starting import weights_to_start_from
 from jaxunet.pretrained.starting import starting_weights
+from jaxunet.runs import wandb_log
 from jaxunet.runs.directory import RunDirectory
+from jaxunet.runs.profiling import steps_of
 from jaxunet.runs.record import (
     config_of_main,
     load_config,
@@ -26,6 +28,7 @@ from jaxunet.runs.record import (
     recorded_tuning,
 )
 from jaxunet.runs.training import train
+from jaxunet.runs.watching import Watch
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Arguments(tuning.Tuning, Config):
     command; exit status 0. Go on with --resume."""
     accept_other_data: bool = False
     """With --resume: go on though the data are not those that the run was trained on."""
+    log: Literal["wandb"] | None = None
+    """Log to Weights & Biases, too (extra `[wandb]`; WANDB_MODE=offline needs no account). A
+    resumed run goes on with the same wandb run."""
+    profile_steps: str | None = None
+    """A:B traces the run from when A steps are done until B are, for TensorBoard's profile
+    plugin: 10:13 are the steps 11, 12 and 13. It is left in RUN/tensorboard."""
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices; both compute the same."""
     distributed: bool = False
@@ -82,6 +91,15 @@ def read_arguments(words: list[str]) -> tuple[Arguments, Path]:
     return arguments, arguments.out or default_out
 
 
+def watched(arguments: Arguments) -> Watch:
+    """What `--log` and `--profile-steps` ask for, once it is sure that it can be had."""
+    text = arguments.profile_steps
+    steps = None if text is None else steps_of(text)
+    if arguments.log == "wandb":
+        distributed.on_main(wandb_log.check, "asking wandb")
+    return Watch(arguments.log, steps)
+
+
 def main() -> None:
     arguments, out = read_arguments(sys.argv[1:])
     recorded = recorded_tuning(out) if arguments.resume else None
@@ -90,6 +108,7 @@ def main() -> None:
         distributed.initialize()
     config = config_of_main(lambda: arguments.config)
     deadline = STARTED + seconds_of(arguments.stop_after) if arguments.stop_after else None
+    watch = watched(arguments)
     given = None
     # Whatever is wrong with --out or the weights is said before the data are prepared.
     with RunDirectory(out, config, resume=arguments.resume) as run:
@@ -112,6 +131,7 @@ def main() -> None:
         accept_other_data=arguments.accept_other_data,
         init_from=given,
         deadline=deadline,
+        watch=watch,
     )
     if not distributed.is_main():
         return

@@ -3,14 +3,17 @@
 config.json      configuration, versions, devices, git commit, dataset, which other data were
                  accepted later, and the source, SHA-256 and licence of pretrained weights or
                  of those that it was fine-tuned from
-metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
-tensorboard/     the same as event files
+metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds, and of training
+                 steps `measured`, which no other run has the same: speed and memory
+metrics.csv      the same as a table
+tensorboard/     the same as event files, and traces of --profile-steps
 checkpoints/     see `jaxunet.runs.checkpoint`
 figures/         curves.png, predictions.png
 summary.json     final scores, by protocol
 MODEL_CARD.md    what the model is, for those who get it without the run
 calibration.json the threshold and temperature that serve best, once they were asked for
 tuning/          on a GPU, the algorithms that its steps were compiled with
+wandb/           of --log wandb, with wandb-id.txt, by which a resumed run goes on there
 """
 
 import errno

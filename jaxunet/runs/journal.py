@@ -18,6 +18,7 @@ from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.evaluation import Evaluation
 from jaxunet.runs.log import MetricsLog
 from jaxunet.runs.pace import Pace
+from jaxunet.runs.wandb_log import WandbLog
 
 STEPS_IN_FLIGHT = 2  # dispatched before the loop waits for the oldest one's loss
 
@@ -52,6 +53,7 @@ class Journal:
         first_step: int,
         total_steps: int,
         show: bool,
+        wandb: WandbLog | None = None,
     ):
         """Args: fetch: brings a step's metrics to the host. show: say something on stderr."""
         self._config, self._position, self._checkpoints = config, position, checkpoints
@@ -60,7 +62,7 @@ class Journal:
         self._pending: deque[tuple[int, Any]] = deque()
         self._log = None
         if is_main():
-            self._log = MetricsLog(run, keep_lines=position.lines, step=first_step)
+            self._log = MetricsLog(run, keep_lines=position.lines, step=first_step, wandb=wandb)
             position.lines = self._log.lines
         self._bar: Bar[Any] = Bar("", 0, show=False)
         self._since = time.perf_counter()

@@ -12,18 +12,22 @@ from jaxunet.errors import RunError
 from jaxunet.files import why, write_atomically
 from jaxunet.runs.metrics_table import MetricsTable
 from jaxunet.runs.record import read_metrics
+from jaxunet.runs.wandb_log import WandbLog
 
 
 class MetricsLog:
     """Appends to metrics.jsonl, its table metrics.csv, and TensorBoard's event files."""
 
-    def __init__(self, run: Path, *, keep_lines: int, step: int):
+    def __init__(self, run: Path, *, keep_lines: int, step: int, wandb: WandbLog | None = None):
         """Go on at `step` after `keep_lines` lines; a killed run's later ones are dropped.
+
+        Args:
+            wandb: gets the lines, too, and is closed with the log.
 
         Raises:
             RunError: the log cannot be written to.
         """
-        self._folder, path = run, run / "metrics.jsonl"
+        self._folder, path, self._wandb = run, run / "metrics.jsonl", wandb
         kept = read_metrics(path)[:keep_lines]
         self.lines = len(kept)  # fewer than `keep_lines` if somebody moved the file away
         with self._writing():
@@ -52,12 +56,15 @@ class MetricsLog:
         }
         if measured:
             line["measured"] = measured
+        named = {f"{split}/{k}": v for k, v in (values | (measured or {})).items()}
         with self._writing():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             self._table.write(line)
-            for name, value in (values | (measured or {})).items():
-                self._events.write(f"{split}/{name}", value, step)
+            for name, value in named.items():
+                self._events.write(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, named)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -65,9 +72,9 @@ class MetricsLog:
             yield
         except OSError as error:
             raise RunError(
-                f"The log in {self._folder} (metrics.jsonl, metrics.csv, tensorboard/) cannot be written "
-                f"to: {why(error, self._folder)} What was saved before is whole. Once that is "
-                "mended, go on with --resume."
+                f"The log in {self._folder} (metrics.jsonl, metrics.csv, tensorboard/) cannot "
+                f"be written to: {why(error, self._folder)} What was saved before is whole. "
+                "Once that is mended, go on with --resume."
             ) from error
 
     def close(self) -> None:
@@ -75,6 +82,8 @@ class MetricsLog:
         for file in (self._file, self._table, self._events):
             with suppress(OSError):
                 file.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
 
 @contextmanager

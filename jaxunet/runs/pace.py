@@ -14,7 +14,7 @@ class Pace:
         self.begin()
 
     def begin(self) -> None:
-        """Count anew: an epoch begins. What lay before it, as its evaluation, is no training."""
+        """Count anew: an epoch begins, and what lay before it, as an evaluation, is none."""
         self._since, self._examples = time.perf_counter(), 0.0
 
     def add(self, examples: float) -> None:

@@ -19,12 +19,7 @@ from jaxunet.devices.feed import Feed
 from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.devices.strategies import check_divisible, make_strategy
 from jaxunet.errors import RunError
-from jaxunet.learning.steps import (
-    TrainState,
-    eval_step,
-    make_recipe,
-    train_step,
-)
+from jaxunet.learning.steps import TrainState, eval_step, make_recipe, train_step
 from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
@@ -33,6 +28,7 @@ from jaxunet.runs.loading import compile_masks
 from jaxunet.runs.reporting import write_figures, write_summary
 from jaxunet.runs.starting import Given, latest, start
 from jaxunet.runs.stopping import StopVote, stop_requests, stopped
+from jaxunet.runs.watching import NOT_WATCHED, Watch
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,7 @@ class Trainer:
         accept_other_data: bool = False,
         init_from: Given | None = None,
         deadline: float | None = None,
+        watch: Watch = NOT_WATCHED,
     ):
         check_hosts(config, data)
         self.other_data = run.check_data(
@@ -76,7 +73,7 @@ class Trainer:
         self.eval_batch_size = tuning.eval_batch_size(config.train)
         check_divisible("train.eval_batch_size", self.eval_batch_size, devices)
         check_divisible("train.microbatch", config.train.microbatch or devices, devices)
-        self.data, self.run, self.deadline = data, run, deadline
+        self.data, self.run, self.deadline, self.watch = data, run, deadline, watch
         self.show_progress = show_progress and is_main()
         if is_main():
             say_if_loops_are_off()
@@ -107,6 +104,7 @@ class Trainer:
                     f"The run has done {self.step} steps, but train.epochs "
                     f"{config.train.epochs} is only {self.total_steps}; ask for more."
                 )
+            self.trace = watch.trace(run.path, self.step, self.total_steps, self.show_progress)
             self.recipe = make_recipe(config)  # for all but the learning rate
             self.train_step = self.train_feed.compile(
                 partial(train_step, make_recipe(config, self.total_steps)),
@@ -140,7 +138,7 @@ class Trainer:
             Stopped: a signal came; the state is saved.
             RunError: the loss is not finite, or the checkpoints don't fit.
         """
-        with self._close, closing(self.batches):
+        with self._close, closing(self.batches), closing(self.trace):
             self.run.write_config()
             journal = Journal(
                 self.run.path,
@@ -151,6 +149,7 @@ class Trainer:
                 first_step=self.first_step,
                 total_steps=self.total_steps,
                 show=self.show_progress,
+                wandb=self.watch.wandb_log(self.run.path, self.config),
             )
             with closing(journal), stop_requests() as received:
                 self._compilation.finish()
@@ -169,10 +168,11 @@ class Trainer:
             last = self._steps_until(epoch)
             with journal.epoch(self.step):
                 while self.step < last:
-                    batch = next(self.batches)
-                    with jax.transfer_guard(guard):  # but for what is asked for
-                        placed = self.train_feed.place(batch)
-                        self.state, metrics = self.train_step(self.state, placed)
+                    with self.trace.step(self.step, lambda: self.state):
+                        batch = next(self.batches)
+                        with jax.transfer_guard(guard):  # but for what is asked for
+                            placed = self.train_feed.place(batch)
+                            self.state, metrics = self.train_step(self.state, placed)
                     self.step += 1
                     journal.note(self.step, metrics)
                     stop = stop_vote()
@@ -292,6 +292,7 @@ def train(
     accept_other_data: bool = False,
     init_from: Given | None = None,
     deadline: float | None = None,
+    watch: Watch = NOT_WATCHED,
 ) -> Outcome:
     """Train `config` on `data` in the run directory `out`; see `Trainer.train`.
 
@@ -303,9 +304,10 @@ def train(
         accept_other_data: go on with other data than the run was trained on, and record it.
         init_from: weights to start from where the run has no checkpoint yet.
         deadline: time of `time.monotonic` at which to save and stop.
+        watch: what to have beyond the run's own files.
     """
     with RunDirectory(Path(out), config, resume=resume) as run:
-        trainer = Trainer(
+        return Trainer(
             config,
             data,
             run,
@@ -314,5 +316,5 @@ def train(
             accept_other_data=accept_other_data,
             init_from=init_from,
             deadline=deadline,
-        )
-        return trainer.train()
+            watch=watch,
+        ).train()

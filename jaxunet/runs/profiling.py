@@ -1,0 +1,105 @@
+"""A trace of some of a run's steps, for the profile plugin of TensorBoard (XProf)."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxunet.bars import note, say
+from jaxunet.devices.distributed import is_main
+from jaxunet.errors import ConfigError
+
+Steps = tuple[int, int]
+"""How many steps are done when a trace begins, and when it ends."""
+
+
+def steps_of(text: str) -> Steps:
+    """`A:B`, as `--profile-steps` takes it.
+
+    Raises:
+        ConfigError: it is something else, or there is no step in it.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if first >= last:
+        raise ConfigError(
+            f"--profile-steps is {text!r}, but must be A:B with A < B: 10:13 traces three "
+            "steps, from when 10 are done until 13 are."
+        )
+    return first, last
+
+
+class Trace:
+    """The trace of steps `first + 1` to `last`; without `steps`, and but on process 0, none.
+
+    It is in `RUN/tensorboard/plugins/profile`, where the plugin looks for it. At both ends all
+    that was dispatched is waited for, so that it has these steps and no others.
+    """
+
+    def __init__(self, steps: Steps | None, run: Path, done: int, total: int, show: bool):
+        """Args: done, total: steps of the run, now and at its end. show: say where it is.
+
+        Raises:
+            ConfigError: not all of `steps` are still to be done.
+        """
+        if steps is not None:
+            first, last = steps
+            said = f"--profile-steps is {first}:{last}, but the run"
+            if last > total:
+                raise ConfigError(f"{said} is over after {total} steps.")
+            if first < done:
+                raise ConfigError(
+                    f"{said} has done {done} steps already: ask for {done}:"
+                    f"{done + last - first} or later ones, or leave it out."
+                )
+        self._steps = steps if is_main() else None
+        self._folder, self._show = run / "tensorboard", show
+        self._running = False
+
+    @contextmanager
+    def step(self, done: int, state: Callable[[], Any]) -> Iterator[None]:
+        """Around the step after `done` ones; `state` gives what the last one made."""
+        first, last = self._steps or (0, 0)
+        if not first <= done < last:
+            yield
+            return
+        if done == first:
+            jax.block_until_ready(state())
+            self._start()
+        # By this name and number XProf tells the steps apart.
+        with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
+            yield
+        if done + 1 == last:
+            jax.block_until_ready(state())
+            self.close()
+
+    def close(self) -> None:
+        """End the trace, whether the run came to its last step or not."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        self._steps = None
+        if not self._running:
+            note(f"note: there is no trace: the run ended before {first} steps were done.")
+            return
+        try:
+            jax.profiler.stop_trace()
+        except (RuntimeError, OSError) as error:  # the latter of a full disk
+            note(f"note: the trace in {self._folder} is not written: {error}")
+            return
+        if self._show:
+            say(f"Trace of steps {first + 1} to {last}: {self._folder / 'plugins/profile'}")
+
+    def _start(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # which would slow the steps down
+        try:
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+        except RuntimeError as error:  # as when the process is being traced already
+            self._steps = None
+            note(f"note: there is no trace: {error}")
+            return
+        self._running = True
