@@ -1,11 +1,13 @@
 """jaxunet's steps, and each form of PyTorch in turn with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from jaxunet.bench.rounds import describe, ratio, time_rounds
+from jaxunet.bench.scaling import measure_scaling
 from jaxunet.bench.setting import Setting, Timing
 from jaxunet.bench.steps import (
     MODES,
@@ -26,7 +28,8 @@ def measure_steps(
     point: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
-    """Train, eval and predict steps, each with PyTorch's in turn, into `point`.
+    """Train, eval and predict steps, each with PyTorch's in turn, into `point`; of several
+    devices the train step with one's, too.
 
     `save` is called after each contestant, so that what was measured stays when a later one
     fails or the process is cut. Of a step that the devices have too little memory for, the
@@ -40,13 +43,21 @@ def measure_steps(
     for mode in MODES:
         if mode not in timing.measure:
             continue
-        try:
+        with _noting_lack_of_memory(mode, point, save):
             _measure(mode, strategy, state, setting, timing, rate, point, save)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            point.setdefault("out_of_memory", {})[mode] = str(error).splitlines()[0][:200]
-            save()
+
+
+@contextmanager
+def _noting_lack_of_memory(
+    what: str, point: dict[str, Any], save: Callable[[], None]
+) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        point.setdefault("out_of_memory", {})[what] = str(error).splitlines()[0][:200]
+        save()
 
 
 def _measure(
@@ -71,6 +82,10 @@ def _measure(
     if ours.loss is not None:
         entry["first_loss"] = {"jaxunet": ours.loss}
     save()
+    if mode == "train" and setting.devices > 1:
+        with _noting_lack_of_memory("scaling", point, save):
+            point["scaling"] = measure_scaling(setting, timing, ours, state)
+            save()
     if timing.against == "nothing":
         return
     from jaxunet.bench.pytorch import PytorchContestant, with_form

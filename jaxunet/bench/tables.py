@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxunet.bench.scaling import limit
 from jaxunet.bench.steps import MODES
 
 PRODUCTS = ("forward", "input_gradient", "kernel_gradient")
@@ -41,6 +42,15 @@ def show(result: dict[str, Any]) -> None:
                     f"[bold]{entry['ratio_to_pytorch']['median']:.3f}",
                     f"{low:.3f} to {high:.3f}",
                 )
+        if "scaling" in point:
+            found = point["scaling"]
+            row(table, "train step, one device's part by itself", found["one_device"])
+            low, high = found["share"]["quartiles"]
+            table.add_row(
+                f"share of linear scaling on {found['devices']} devices",
+                f"[bold]{found['share']['median']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+            )
         for mode, reason in point.get("out_of_memory", {}).items():
             table.add_row(f"{mode} step, jaxunet", "", f"not run: {reason[:40]}")
         for name, found in point.get("augmentation", {}).items():
@@ -63,6 +73,8 @@ def show(result: dict[str, Any]) -> None:
             row(table, f"decode and resize a 6-megapixel JPEG, {name.replace('_', ' ')}", found)
     Console(width=max(140, Console().width)).print(table)
     for point in result["points"]:
+        if "scaling" in point:
+            print(limit(point))
         if "layers" in point:
             show_layers(point["layers"])
     for axis, fit in result["fits"].items():

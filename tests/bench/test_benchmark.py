@@ -1,6 +1,7 @@
 import json
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from scripts import run as run_script
 
 from jaxunet.augmentation_config import STRENGTHS
-from jaxunet.bench import measure, products, rounds, steps
+from jaxunet.bench import measure, products, race, rounds, scaling, steps
 from jaxunet.bench.flops import forward_flops, layers, train_flops
 from jaxunet.bench.setting import Setting, Timing
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -195,6 +196,69 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     assert set(found["preparation"]) == {"full_decode", "one_core", "all_cores"}
     assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_the_share_of_linear_scaling_is_one_devices_time_over_that_of_all(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    pauses = {1: 0.012, 2: 0.016}  # by number of devices
+
+    def make_step(strategy, config, mode, state, batch_size):
+        count = len(strategy.devices)
+        assert (mode, batch_size) == ("train", 3 * count)
+        assert config.train.batch_size == batch_size
+        assert list(strategy.devices) == jax.devices()[:count]
+
+        def step():
+            clock.now += pauses[count]
+
+        return steps.StepContestant(step, 1.0, None, 1.0, None, None, None)
+
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for module in (race, scaling):
+        monkeypatch.setattr(module, "make_step", make_step)
+    state = SimpleNamespace(params={"a": np.zeros((500, 1000), np.float32)})
+    monkeypatch.setattr(race, "initial_state", lambda config: state)
+    timing = Timing(measure=("train",), rounds=3, seconds=0.05)
+
+    def measured(devices):
+        config, point = Config(train=TrainConfig(batch_size=3 * devices)), {}
+        race.measure_steps(Setting(config, "jit", devices), timing, 1.0, point, lambda: None)
+        return point
+
+    assert "scaling" not in measured(1)
+    found = measured(2)["scaling"]
+    assert found["share"]["median"] == pytest.approx(0.012 / 0.016)
+    rates = [found[name]["images_per_second"] for name in ("all_devices", "one_device")]
+    assert rates == pytest.approx([6 / 0.016, 3 / 0.012])
+    assert rates[0] / (2 * rates[1]) == pytest.approx(found["share"]["median"])
+    assert found["gradient_bytes"] == 2_000_000
+
+
+def test_a_line_says_what_limits_the_scaling():
+    def seconds(median):
+        return {"step_seconds": {"median": median}}
+
+    point = {
+        "scaling": {
+            "devices": 4,
+            "share": {"median": 0.75},
+            "one_device": seconds(0.012),
+            "all_devices": seconds(0.016),
+            "gradient_bytes": 2_000_000,
+        }
+    }
+    assert scaling.limit(point) == (
+        "On 4 devices 75% of linear scaling: a step takes 16.00 ms, one device's part by "
+        "itself 12.00. The rest is summing 2 MB of gradients and waiting for one another; "
+        "what feeding them costs was not measured."
+    )
+    for slowest, said in (
+        (1.5, "50%: feeding limits it, by 8.00 ms"),
+        (1.2, "62%: summing 2 MB of gradients and waiting for one another limits it, by 4.00"),
+    ):
+        ratios = {"none": 3.0, "host": slowest}
+        point["training"] = {k: {"ratio_to_step": {"median": v}} for k, v in ratios.items()}
+        assert f"End to end (cache host) it is {said}" in scaling.limit(point)
 
 
 def test_each_strength_of_augmentation_is_timed_in_turn_with_the_step(monkeypatch):

@@ -196,19 +196,15 @@ def test_wandb_that_is_missing_or_knows_nobody_is_said_in_a_sentence(monkeypatch
     class Refused(Exception):
         pass
 
-    def login(prompt: bool, verify: bool) -> bool:
-        assert not prompt
-        if outcome is Refused:
-            raise Refused("The key is of nobody.\nMore.")
-        return outcome
-
     settings = SimpleNamespace(mode="online")
+    login = mock.Mock(side_effect=[False, Refused("The key is of nobody.\nMore.")])
     fake = SimpleNamespace(
         Error=Refused, setup=lambda: SimpleNamespace(settings=settings), login=login
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for outcome, said in ((False, "no key was found"), (Refused, "The key is of nobody")):
+    for said in ("no key was found", "The key is of nobody"):
         with pytest.raises(ConfigError, match=rf"can't log in \({said}\).*WANDB_MODE=offline"):
             wandb_log.check()
     settings.mode = "offline"
     wandb_log.check()
+    assert login.mock_calls == 2 * [mock.call(prompt=False, verify=True)]  # asks nobody
