@@ -1,6 +1,7 @@
 """What one sees of a run while it trains: its log's lines, wandb, a trace of its steps."""
 
 import csv
+import importlib
 import importlib.util
 import json
 import struct
@@ -158,12 +159,14 @@ def records(file: Path) -> Iterator:
 def test_a_run_and_its_continuation_are_one_run_of_wandb(config, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb = importlib.import_module("wandb")
     wandb_log.check()
     out, watch = tmp_path / "run", Watch(log="wandb")
     train(config, data, out, show_progress=False, watch=watch)
     longer = replace(config, train=replace(config.train, epochs=3))
     train(longer, data, out, resume=True, show_progress=False, watch=watch)
 
+    wandb.teardown()  # waits for what it writes in a process of its own, as an exit does
     files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
     found, runs = {}, []
