@@ -83,7 +83,7 @@ class Trace:
         first, last = self._steps
         self._steps = None
         if not self._running:
-            note(f"note: there is no trace: the run ended before {first} steps were done.")
+            note(f"note: there is no trace: the run ended before step {first + 1}.")
             return
         try:
             jax.profiler.stop_trace()

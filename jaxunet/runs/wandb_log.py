@@ -76,6 +76,7 @@ class WandbLog:
                 config=to_dict(config),
                 allow_val_change=True,  # as of more epochs
                 dir=run,
+                reinit="create_new",  # and not the one that the process may have already
                 # Bars and lines are for the terminal.
                 settings=wandb.Settings(console="off"),
             )

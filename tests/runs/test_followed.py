@@ -134,7 +134,7 @@ def test_a_trace_that_cannot_be_is_refused_before_anything_is_compiled(
             train(longer, data, run, resume=True, watch=Watch(profile_steps=steps))
 
     Trace((2, 3), tmp_path, 0, 4, True).close()
-    assert "no trace: the run ended before 2 steps were done" in capfd.readouterr().err
+    assert "no trace: the run ended before step 3" in capfd.readouterr().err
 
 
 def records(file: Path) -> Iterator:
