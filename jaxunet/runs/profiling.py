@@ -23,13 +23,23 @@ def steps_of(text: str) -> Steps:
         ConfigError: it is something else, or there is no step in it.
     """
     found = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    first, last = map(int, found.groups()) if found else (0, 0)
-    if first >= last:
-        raise ConfigError(
-            f"--profile-steps is {text!r}, but must be A:B with A < B: 10:13 traces three "
-            "steps, from when 10 are done until 13 are."
-        )
-    return first, last
+    if not found:
+        raise _no_steps(text)
+    return check((int(found[1]), int(found[2])))
+
+
+def check(steps: Steps) -> Steps:
+    """`steps`, if there is one among them; else raises `ConfigError`."""
+    if not 0 <= steps[0] < steps[1]:
+        raise _no_steps(f"{steps[0]}:{steps[1]}")
+    return steps
+
+
+def _no_steps(text: str) -> ConfigError:
+    return ConfigError(
+        f"--profile-steps is {text!r}, but must be A:B with A < B: 10:13 traces three steps, "
+        "from when 10 are done until 13 are."
+    )
 
 
 class Trace:
@@ -43,10 +53,10 @@ class Trace:
         """Args: done, total: steps of the run, now and at its end. show: say where it is.
 
         Raises:
-            ConfigError: not all of `steps` are still to be done.
+            ConfigError: there are none, or not all of them are still to be done.
         """
         if steps is not None:
-            first, last = steps
+            first, last = check(steps)
             said = f"--profile-steps is {first}:{last}, but the run"
             if last > total:
                 raise ConfigError(f"{said} is over after {total} steps.")
@@ -57,7 +67,7 @@ class Trace:
                 )
         self._steps = steps if is_main() else None
         self._folder, self._show = run / "tensorboard", show
-        self._running = False
+        self._running, self._done = False, done
 
     @contextmanager
     def step(self, done: int, state: Callable[[], Any]) -> Iterator[None]:
@@ -72,6 +82,7 @@ class Trace:
         # By this name and number XProf tells the steps apart.
         with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
             yield
+        self._done = done + 1
         if done + 1 == last:
             jax.block_until_ready(state())
             self.close()
@@ -80,8 +91,7 @@ class Trace:
         """End the trace, whether the run came to its last step or not."""
         if self._steps is None:
             return
-        first, last = self._steps
-        self._steps = None
+        first, self._steps = self._steps[0], None
         if not self._running:
             note(f"note: there is no trace: the run ended before step {first + 1}.")
             return
@@ -91,7 +101,8 @@ class Trace:
             note(f"note: the trace in {self._folder} is not written: {error}")
             return
         if self._show:
-            say(f"Trace of steps {first + 1} to {last}: {self._folder / 'plugins/profile'}")
+            folder = self._folder / "plugins" / "profile"
+            say(f"Trace of steps {first + 1} to {self._done}: {folder}")
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()

@@ -127,6 +127,7 @@ def test_a_trace_that_cannot_be_is_refused_before_anything_is_compiled(
 
     longer = replace(config, train=replace(config.train, epochs=3))
     for steps, said in (
+        ((3, 3), r"is '3:3', but must be A:B"),
         ((1, 3), r"is 1:3, but the run has done 4 steps already: ask for 4:6"),
         ((4, 7), r"is 4:7, but the run is over after 6 steps"),
     ):
