@@ -18,6 +18,7 @@ from jaxunet.devices.startup import STARTED
 from jaxunet.errors import ConfigError
 from jaxunet.interop.starting import weights_to_start_from
 from jaxunet.pretrained.starting import starting_weights
+from jaxunet.runs.clock import in_words
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.record import (
     config_of_main,
@@ -112,10 +113,12 @@ def main() -> None:
         accept_other_data=arguments.accept_other_data,
         init_from=given,
         deadline=deadline,
+        started=STARTED,
     )
     if not distributed.is_main():
         return
     print_scores(outcome.summary)
+    print(f"Time:       {in_words(outcome.summary['time'])}")
     print(f"Pictures:   {', '.join(map(str, outcome.pictures))}")
     print(f"Checkpoint: {out / 'checkpoints' / str(outcome.summary['step'])}")
     if "test" in data.counts:

@@ -1,7 +1,7 @@
 """The pictures of a finished run, drawn from what it logged and how it scored."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def write_figures(
     counts: np.ndarray,
     source: DataSource,
     config: Config,
-    title: str,
+    summary: Mapping[str, Any],
 ) -> list[Path]:
     """Draw `figures/curves.png` and `figures/predictions.png` under `run`.
 
@@ -51,6 +51,10 @@ def write_figures(
 
     chosen = figures.select_rows(per_image(counts)["dice"])
     rows = prediction_rows(chosen, masks, counts, source, config)
+    title = (
+        "{dataset[name]} {dataset[split]}, after {epoch} epochs: "
+        "mean Dice {scores[per_image][dice]:.3f}"
+    ).format_map(summary)
     return written + drawn(predictions, partial(figures.predictions, rows, predictions, title))
 
 
