@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxunet.bench.steps import MODES
+from jaxunet.runs.clock import ROWS
 
 PRODUCTS = ("forward", "input_gradient", "kernel_gradient")
 
@@ -63,6 +64,8 @@ def show(result: dict[str, Any]) -> None:
             row(table, f"decode and resize a 6-megapixel JPEG, {name.replace('_', ' ')}", found)
     Console(width=max(140, Console().width)).print(table)
     for point in result["points"]:
+        if "training" in point:
+            show_time(point["training"])
         if "layers" in point:
             show_layers(point["layers"])
     for axis, fit in result["fits"].items():
@@ -71,6 +74,20 @@ def show(result: dict[str, Any]) -> None:
             f"Step time grows with {axis} to the power {fit['step_time_exponent']:.2f}"
             + (f", memory {memory:.2f}" if memory else "")
         )
+
+
+def show_time(training: dict[str, Any]) -> None:
+    """A table of where the time of training end to end went: the rows of a run's own."""
+    rows = ("start", "compilation", "data", "steps")
+    table = Table(title="End to end, seconds of all rounds together", title_justify="left")
+    for column in ("data.cache", *(ROWS[row] for row in rows), "all", "hits, misses"):
+        table.add_column(column, justify="right")
+    for cache, found in training.items():
+        time = found["time"]
+        seconds = [time["seconds"].get(row, 0.0) for row in rows]
+        cells = [f"{each:.2f}" for each in (*seconds, time["total_seconds"])]
+        table.add_row(cache, *cells, "{hits}, {misses}".format_map(time["cache"]))
+    Console(width=max(110, Console().width)).print(table)
 
 
 def show_layers(layers: list[dict[str, Any]]) -> None:

@@ -17,7 +17,6 @@ class Idle:
         self._now, self._since = now, now()
         self._dispatched = self._done = 0
         self._results: SimpleQueue[Any] = SimpleQueue()
-        # It ends with the process, whatever hangs on a device.
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -34,7 +33,7 @@ class Idle:
 
     def close(self) -> None:
         self._results.put(None)
-        self._thread.join()
+        self._thread.join(5.0)  # not for ever: another process may have left a sum hanging
 
     def _watch(self) -> None:
         while (results := self._results.get()) is not None:

@@ -13,7 +13,7 @@ the processes that made the run:
     evaluation    of the validation split, with reading it
     checkpoints   what the loop waited for: fetching the state, and what is not written beside
                   the next steps
-    figures       summary.json, the model card and the pictures
+    figures       summary.json with its intervals, the model card, the pictures
     lost          steps and evaluations after the last checkpoint of a process that was killed,
                   as far as its last line of metrics.jsonl
     undivided     training and evaluation by a version that did not tell them apart
@@ -73,7 +73,9 @@ class Clock:
     ) -> None:
         self._events.__exit__(kind, error, trace)
 
-    def add(self, record: Mapping[str, Any], *, undivided: float, lost: float) -> None:
+    def add(
+        self, record: Mapping[str, Any], *, undivided: float = 0.0, lost: float = 0.0
+    ) -> None:
         """Count what the processes before this one took.
 
         Args:
@@ -149,13 +151,14 @@ def duration(seconds: float) -> str:
 class Pace:
     """When a run ends, by what this process did last: earlier ones count for nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, spent: float = 0.0) -> None:
+        """Args: spent: seconds of evaluations and checkpoints before this process."""
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._between: float | None = None
-        self._spent = 0.0
+        self._spent = spent
 
     def step(self, spent: float) -> None:
-        """A step is done; `spent`: seconds of all so far, and of waiting for their data."""
+        """A step is done; `spent`: seconds of steps and of waiting for data so far."""
         self._steps.append(spent)
 
     def epoch(self, spent: float) -> None:

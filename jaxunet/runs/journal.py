@@ -76,7 +76,8 @@ class Journal:
             self._log = MetricsLog(run, keep_lines=position.lines, step=first_step)
             position.lines = self._log.lines
         self._bar: Bar[Any] = Bar("", 0, show=False)
-        self._since, self._idle, self._pace = clock.now(), Idle(clock.now), Pace()
+        self._pace = Pace(clock.seconds("evaluation", "checkpoints"))
+        self._since, self._idle = clock.now(), Idle(clock.now)
 
     @contextmanager
     def epoch(self, step: int) -> Iterator[None]:
