@@ -104,7 +104,7 @@ def measure_loops(setting: Setting, timing: Timing) -> dict[str, Any]:
     if "training" in timing.measure:
         state = initial_state(config)
         step = make_step(strategy, config, "train", state, batch_size)
-        loops = {
+        loops: dict[str, Training] = {
             cache: Training(
                 strategy, replace(config, data=replace(config.data, cache=cache)), source, state
             )

@@ -93,12 +93,12 @@ class Journal:
         ) as self._bar:
             yield
 
-    def next_of(self, batches: Iterator[Any]) -> Any:
-        """The next batch; time that the devices have nothing to do meanwhile is noted."""
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """A batch is awaited within; what the devices idle meanwhile is noted."""
         began = self._clock.now()
-        batch = next(batches)
+        yield
         self._clock.move(self._idle.seconds(began), "data")
-        return batch
 
     def note(self, step: int, metrics: Any) -> None:
         """A step was dispatched; its metrics may still be on their way.

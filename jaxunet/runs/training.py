@@ -167,7 +167,8 @@ class Trainer:
             last = self.position.steps_until(self.position.evaluated_epochs + 1)
             with journal.epoch(self.step):
                 while self.step < last:
-                    batch = journal.next_of(self.batches)
+                    with journal.waiting_for_data():
+                        batch = next(self.batches)
                     with jax.transfer_guard(guard):  # but for what is asked for
                         placed = self.train_feed.place(batch)
                         self.state, metrics = self.train_step(self.state, placed)
