@@ -14,13 +14,12 @@ the processes that made the run:
     checkpoints   what the loop waited for: fetching the state, and what is not written beside
                   the next steps
     figures       summary.json with its intervals, the model card, the pictures
-    lost          steps and evaluations after the last checkpoint of a process that was killed,
-                  as far as its last line of metrics.jsonl
+    lost          what a process that was killed did after its last checkpoint, as far as its
+                  last line of metrics.jsonl; with its start, if it never came to save
     undivided     training and evaluation by a version that did not tell them apart
 
-What a process does after its last checkpoint is taken (writing that, and ending; the figures of
-a run that is trained on later) is not known to the next one, nor is the start of one that was
-killed before its first checkpoint.
+Not known to the next process is what one did after that: after its last line, or, stopped or at
+its end, after its last checkpoint was taken (writing that; figures of a run that goes on later).
 """
 
 import time
@@ -56,7 +55,8 @@ class Clock:
     ) -> None:
         """Args: started: when `start` began, by `now` (none: `time.monotonic`)."""
         self.now = now or time.monotonic
-        self._row, self._since = "start", self.now() if started is None else started
+        self.started = self.now() if started is None else started
+        self._row, self._since = "start", self.started
         self._seconds = dict.fromkeys(ROWS, 0.0)
         self._cache = {"hits": 0, "misses": 0}  # of the processes before
         self._events = CompileEvents(lambda s: self.move(s, "compilation"), self.now)

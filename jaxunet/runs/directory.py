@@ -2,7 +2,7 @@
 
 config.json      configuration, versions, devices, git commit, dataset, which other data were
                  accepted later, and the source, SHA-256 and licence of pretrained weights or
-                 of those that it was fine-tuned from; how much work kills have cost
+                 of those that it was fine-tuned from; the seconds that kills have cost (`lost_seconds`)
 metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
 tensorboard/     the same as event files
 checkpoints/     see `jaxunet.runs.checkpoint`
@@ -230,11 +230,15 @@ class RunDirectory:
         self._lost = before + max(0.0, self._logged - saved)
         return self._lost
 
-    def write_config(self, dataset: dict[str, Any] | None = None) -> None:
+    def write_config(
+        self, dataset: dict[str, Any] | None = None, *, at_risk: float = 0.0
+    ) -> None:
         """config.json: the configuration and all that is known of where it runs.
 
         Args:
             dataset: of a run that `check_data` was not asked about.
+            at_risk: seconds that this process took to start, which are lost if it is killed
+                before it has saved and written this again.
         """
         if not is_main():
             return
@@ -246,8 +250,8 @@ class RunDirectory:
             record["weights"] = weights
         if init_from := self._init_from or self._record.get("init_from"):
             record["init_from"] = init_from
-        if self._lost:
-            record["lost_seconds"] = self._lost
+        if lost := self._lost + at_risk:
+            record["lost_seconds"] = lost
         record["has_checkpoints"] = bool(self._steps())
         write_json(self.path / "config.json", record)
 

@@ -98,7 +98,7 @@ class Trainer:
         with ExitStack() as undo:
             undo.callback(self.checkpoints.close)
             undo.enter_context(self.clock)
-            self.has_checkpoints = bool(self.checkpoints.steps())
+            self.saved = False  # by this process
             self.step, self.state, self.position = self._restore(init_from)
             self.first_step, seconds = self.step, self.position.seconds
             self.clock.add(self.position.clock, undivided=seconds, lost=run.lost(seconds))
@@ -137,7 +137,7 @@ class Trainer:
             RunError: the loss is not finite, or the checkpoints don't fit.
         """
         with self._close, closing(self.batches):
-            self.run.write_config()
+            self.run.write_config(at_risk=self.clock.now() - self.clock.started)
             journal = Journal(
                 self.run.path,
                 self.config,
@@ -193,7 +193,7 @@ class Trainer:
     def _restore(self, init_from: Given | None) -> tuple[int, TrainState, Position]:
         """Steps done, the state on the devices, and the position; from the start if need be."""
         per_epoch = self.order.batches_per_epoch
-        if self.has_checkpoints:
+        if self.checkpoints.steps():
             step, state, position = latest(
                 self.checkpoints, self.config, per_epoch, other_data=self.other_data
             )
@@ -231,10 +231,10 @@ class Trainer:
             self.position.loader = self.batches.get_state()
             record = {**vars(self.position), "config": to_dict(self.config)}
             self.checkpoints.save(self.strategy.fetch(self.state), record, metrics)
-            if not self.has_checkpoints:
+            if not self.saved:
                 self.checkpoints.wait()
                 self.run.write_config()  # which says that there is one
-                self.has_checkpoints = True
+                self.saved = True
             if is_main():
                 tuning.keep(self.run.path)
 

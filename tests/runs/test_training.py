@@ -203,7 +203,7 @@ def test_the_rows_of_the_time_are_the_wall_time_across_kills(
             trainer.batches = Slow(trainer.batches)
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
-        wall += died - began
+        wall, began_last = wall + died - began, began
         logged = read_metrics(out / "metrics.jsonl")
         lost += logged[-1]["wall_seconds"] - trainer.position.seconds
     began = time.time()
@@ -214,8 +214,8 @@ def test_the_rows_of_the_time_are_the_wall_time_across_kills(
     assert sum(spent.values()) == pytest.approx(total, abs=0.01)
     assert total == pytest.approx(wall, rel=0.02)
     assert set(spent) == set(ROWS) - {"undivided"}
-    assert spent["lost"] == pytest.approx(lost, abs=0.01)
-    assert spent["lost"] > 2 * 3 * 0.1
+    assert lost > 2 * 3 * 0.1  # by the log; with the start of the second, that saved nothing
+    assert lost < spent["lost"] < lost + died - began_last
     assert spent["data"] > 2 * 0.1  # of the first epoch: that is saved
     seconds = [line["wall_seconds"] for line in read_metrics(out / "metrics.jsonl")]
     assert seconds == sorted(seconds)
