@@ -18,8 +18,8 @@ the processes that made the run:
                   last line of metrics.jsonl; with its start, if it never came to save
     undivided     training and evaluation by a version that did not tell them apart
 
-Not known to the next process is what one did after that: after its last line, or, stopped or at
-its end, after its last checkpoint was taken (writing that; figures of a run that goes on later).
+Not known to the next process is what one did after its last line, or, if it was stopped or had
+finished, after its last checkpoint was taken: writing that, and figures.
 """
 
 import time

@@ -2,7 +2,8 @@
 
 config.json      configuration, versions, devices, git commit, dataset, which other data were
                  accepted later, and the source, SHA-256 and licence of pretrained weights or
-                 of those that it was fine-tuned from; the seconds that kills have cost (`lost_seconds`)
+                 of those that it was fine-tuned from; the seconds that kills have
+                 cost (`lost_seconds`)
 metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds
 tensorboard/     the same as event files
 checkpoints/     see `jaxunet.runs.checkpoint`
