@@ -19,6 +19,7 @@ from jaxunet.errors import ConfigError
 from jaxunet.interop.starting import weights_to_start_from
 from jaxunet.pretrained.starting import starting_weights
 from jaxunet.runs import wandb_log
+from jaxunet.runs.clock import in_words
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.profiling import steps_of
 from jaxunet.runs.record import (
@@ -132,10 +133,12 @@ def main() -> None:
         init_from=given,
         deadline=deadline,
         watch=watch,
+        started=STARTED,
     )
     if not distributed.is_main():
         return
     print_scores(outcome.summary)
+    print(f"Time:       {in_words(outcome.summary['time'])}")
     print(f"Pictures:   {', '.join(map(str, outcome.pictures))}")
     print(f"Checkpoint: {out / 'checkpoints' / str(outcome.summary['step'])}")
     if "test" in data.counts:

@@ -23,7 +23,8 @@ from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, Tra
 from jaxunet.data import Prepared, prepare
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.record import read_metrics
-from jaxunet.runs.training import Outcome, Trainer, train
+from jaxunet.runs.reporting import Outcome
+from jaxunet.runs.training import Trainer, train
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "loss": ("bce", "dice", "bce_dice", "jaccard", "focal", "tversky", "lovasz"),

@@ -4,6 +4,7 @@ import io
 import math
 import sys
 from collections import deque
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,10 @@ from jaxunet.data.images import read_reduced_image, resize_image
 from jaxunet.data.reader import DataSource
 from jaxunet.data.sampler import BatchSampler
 from jaxunet.devices.feed import Feed
+from jaxunet.devices.idle import Idle
 from jaxunet.devices.strategies import Strategy
 from jaxunet.learning.steps import make_recipe, train_step
+from jaxunet.runs.clock import Clock
 from jaxunet.runs.journal import STEPS_IN_FLIGHT
 
 
@@ -80,26 +83,39 @@ def make_pipeline(strategy: Strategy, config: Config, source: DataSource) -> Con
     return run
 
 
-def make_training(
-    strategy: Strategy, config: Config, source: DataSource, host_state: Any
-) -> Contestant:
-    """The training loop: the real pipeline, the step, and the metrics fetched late."""
-    recipe = make_recipe(config)
-    feed, batches = _endless(strategy, config, source)
-    step = feed.compile(partial(train_step, recipe), outputs="replicated", donate=True)
-    held = [strategy.replicate(host_state)]
+class Training:
+    """The training loop, a contestant: the real pipeline, the step, metrics fetched late.
 
-    def run(steps: int) -> None:
+    Attributes:
+        time: where all its time went, rounds and what was before them; see
+            `jaxunet.runs.clock.Clock.record`.
+    """
+
+    def __init__(self, strategy: Strategy, config: Config, source: DataSource, host_state: Any):
+        with Clock() as clock:
+            self._feed, self._batches = _endless(strategy, config, source)
+            step = partial(train_step, make_recipe(config))
+            self._step = self._feed.compile(step, outputs="replicated", donate=True)
+            self._state = strategy.replicate(host_state)
+            self.time = clock.record()
+        self(math.ceil(len(source) / config.train.batch_size))  # fills the host's cache
+
+    def __call__(self, steps: int) -> None:
         in_flight: deque[Any] = deque()
-        for _ in range(steps):
-            held[0], metrics = step(held[0], feed.place(next(batches)))
-            in_flight.append(metrics)
-            while len(in_flight) > STEPS_IN_FLIGHT:
-                strategy.fetch(in_flight.popleft())
-        jax.block_until_ready(held[0])
-
-    run(math.ceil(len(source) / config.train.batch_size))  # an epoch fills the host's cache
-    return run
+        with Clock() as clock, closing(Idle(clock.now)) as idle:
+            clock.add(self.time)
+            clock.turn("steps")
+            for _ in range(steps):
+                began = clock.now()
+                batch = next(self._batches)
+                clock.move(idle.seconds(began), "data")
+                self._state, metrics = self._step(self._state, self._feed.place(batch))
+                idle.dispatched(metrics)
+                in_flight.append(metrics)
+                while len(in_flight) > STEPS_IN_FLIGHT:
+                    self._feed.strategy.fetch(in_flight.popleft())
+            jax.block_until_ready(self._state)
+            self.time = clock.record()
 
 
 def _endless(strategy: Strategy, config: Config, source: DataSource) -> tuple[Feed, Any]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxunet.augmentation_config import STRENGTHS, Strength
-from jaxunet.bench.feeding import make_pipeline, make_training
+from jaxunet.bench.feeding import Training, make_pipeline
 from jaxunet.bench.products import convolutions, make_products
 from jaxunet.bench.rounds import Contestant, describe, exponent, ratio, spread, time_rounds
 from jaxunet.bench.setting import Setting, Timing
@@ -103,20 +103,22 @@ def measure_loops(setting: Setting, timing: Timing) -> dict[str, Any]:
         result["pipeline"] = describe(times["pipeline"], batch_size)
     if "training" in timing.measure:
         state = initial_state(config)
-        contestants: dict[str, Contestant] = {
-            "step": make_step(strategy, config, "train", state, batch_size)
+        step = make_step(strategy, config, "train", state, batch_size)
+        loops: dict[str, Training] = {
+            cache: Training(
+                strategy, replace(config, data=replace(config.data, cache=cache)), source, state
+            )
+            for cache in CACHES
         }
-        for cache in CACHES:
-            cached = replace(config, data=replace(config.data, cache=cache))
-            contestants[cache] = make_training(strategy, cached, source, state)
-        times = time_rounds(contestants, timing.rounds, timing.seconds)
+        times = time_rounds({"step": step, **loops}, timing.rounds, timing.seconds)
         result["step"] = describe(times["step"], batch_size)
         result["training"] = {
             cache: {
                 **describe(times[cache], batch_size),
                 "ratio_to_step": ratio(times[cache], times["step"]),
+                "time": loop.time,
             }
-            for cache in CACHES
+            for cache, loop in loops.items()
         }
     return result
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from jaxunet.bench.scaling import limit
 from jaxunet.bench.steps import MODES
+from jaxunet.runs.clock import ROWS
 
 PRODUCTS = ("forward", "input_gradient", "kernel_gradient")
 
@@ -75,6 +76,8 @@ def show(result: dict[str, Any]) -> None:
     for point in result["points"]:
         if "scaling" in point:
             print(limit(point))
+        if "training" in point:
+            show_time(point["training"])
         if "layers" in point:
             show_layers(point["layers"])
     for axis, fit in result["fits"].items():
@@ -83,6 +86,20 @@ def show(result: dict[str, Any]) -> None:
             f"Step time grows with {axis} to the power {fit['step_time_exponent']:.2f}"
             + (f", memory {memory:.2f}" if memory else "")
         )
+
+
+def show_time(training: dict[str, Any]) -> None:
+    """A table of where the time of training end to end went: the rows of a run's own."""
+    rows = ("start", "compilation", "data", "steps")
+    table = Table(title="End to end, seconds of all rounds together", title_justify="left")
+    for column in ("data.cache", *(ROWS[row] for row in rows), "all", "hits, misses"):
+        table.add_column(column, justify="right")
+    for cache, found in training.items():
+        time = found["time"]
+        seconds = [time["seconds"].get(row, 0.0) for row in rows]
+        cells = [f"{each:.2f}" for each in (*seconds, time["total_seconds"])]
+        table.add_row(cache, *cells, "{hits}, {misses}".format_map(time["cache"]))
+    Console(width=max(110, Console().width)).print(table)
 
 
 def show_layers(layers: list[dict[str, Any]]) -> None:

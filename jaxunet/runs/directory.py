@@ -2,7 +2,8 @@
 
 config.json      configuration, versions, devices, git commit, dataset, which other data were
                  accepted later, and the source, SHA-256 and licence of pretrained weights or
-                 of those that it was fine-tuned from
+                 of those that it was fine-tuned from; the seconds that kills have
+                 cost (`lost_seconds`)
 metrics.jsonl    one object a line: step, epoch, split, values, wall_seconds, and of training
                  steps `measured`, which no other run has the same: speed and memory
 metrics.csv      the same as a table
@@ -82,6 +83,8 @@ class RunDirectory:
         self._data: dict[str, Any] = {}  # what is to be recorded of the data
         self._weights: dict[str, str] | None = None  # what it is made from, for the record
         self._init_from: dict[str, Any] | None = None
+        self._logged = 0.0  # seconds of training and evaluation, by the last line of its log
+        self._lost = 0.0
         on_main(partial(self._take, resume), "taking hold of the run directory")
 
     def _take(self, resume: bool) -> None:
@@ -158,7 +161,8 @@ class RunDirectory:
                 f"{self.path / 'checkpoints'}, so that there is nothing to go on from. Put "
                 "them back, or train anew with another --out."
             )
-        read_metrics(self.path / "metrics.jsonl")  # before anything is written
+        for line in read_metrics(self.path / "metrics.jsonl")[-1:]:
+            self._logged = _seconds(line.get("wall_seconds"))
 
     def check_data(self, dataset: dict[str, Any], *, accept: bool) -> bool:
         """Make sure that a run goes on with the data that it was trained on.
@@ -219,11 +223,26 @@ class RunDirectory:
             )
         self._weights, self._init_from = weights, init_from
 
-    def write_config(self, dataset: dict[str, Any] | None = None) -> None:
+    def lost(self, saved: float) -> float:
+        """Seconds of work that no checkpoint holds, over all restarts; they are recorded.
+
+        Args:
+            saved: seconds of training and evaluation that the latest checkpoint holds. What
+                the log says beyond them is lost, and is about to be cut off.
+        """
+        before = _seconds(self._record.get("lost_seconds"))
+        self._lost = before + max(0.0, self._logged - saved)
+        return self._lost
+
+    def write_config(
+        self, dataset: dict[str, Any] | None = None, *, at_risk: float = 0.0
+    ) -> None:
         """config.json: the configuration and all that is known of where it runs.
 
         Args:
             dataset: of a run that `check_data` was not asked about.
+            at_risk: seconds that this process took to start, which are lost if it is killed
+                before it has saved and written this again.
         """
         if not is_main():
             return
@@ -235,6 +254,8 @@ class RunDirectory:
             record["weights"] = weights
         if init_from := self._init_from or self._record.get("init_from"):
             record["init_from"] = init_from
+        if lost := self._lost + at_risk:
+            record["lost_seconds"] = lost
         record["has_checkpoints"] = bool(self._steps())
         write_json(self.path / "config.json", record)
 
@@ -247,6 +268,11 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _seconds(found: Any) -> float:
+    """What a record says that took so long, if it says so; records can be edited."""
+    return float(found) if isinstance(found, int | float) else 0.0
 
 
 def _locked(folder: Path) -> IO[str] | None:

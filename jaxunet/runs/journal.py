@@ -1,7 +1,6 @@
 """What is noted of a run while it trains: where it stands, log lines, the clock, the bar."""
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxunet.bars import Bar, say
-from jaxunet.config import Config
+from jaxunet.config import Config, TrainConfig
 from jaxunet.devices.distributed import is_main
+from jaxunet.devices.idle import Idle
 from jaxunet.errors import RunError
 from jaxunet.learning.optim import make_schedule
 from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.clock import Clock, Pace
 from jaxunet.runs.evaluation import Evaluation
 from jaxunet.runs.log import MetricsLog
-from jaxunet.runs.pace import Pace
+from jaxunet.runs.throughput import Throughput
 from jaxunet.runs.wandb_log import WandbLog
 
 STEPS_IN_FLIGHT = 2  # dispatched before the loop waits for the oldest one's loss
@@ -37,6 +38,17 @@ class Position:
     shift: int = 0  # number of a batch in the order of the data, less its step
     best_score: float | None = None  # of train.best_metric, and after which epoch it rose last
     best_epoch: int = 0
+    clock: dict[str, Any] = field(default_factory=dict)  # `Clock.record`, over all restarts
+
+    def steps_until(self, epoch: int) -> int:
+        """Steps done at the end of so many epochs."""
+        assert self.batches_per_epoch is not None
+        return self.batches_per_epoch * epoch - self.shift
+
+    def is_over(self, train: TrainConfig) -> bool:
+        """Whether all epochs are done, or `train.patience` is at its end."""
+        done, waited = self.evaluated_epochs, self.evaluated_epochs - self.best_epoch
+        return done >= train.epochs or 0 < train.patience <= waited
 
 
 class Journal:
@@ -49,6 +61,7 @@ class Journal:
         position: Position,
         checkpoints: Checkpoints,
         fetch: Callable[[Any], Any],
+        clock: Clock,
         *,
         first_step: int,
         total_steps: int,
@@ -57,7 +70,8 @@ class Journal:
     ):
         """Args: fetch: brings a step's metrics to the host. show: say something on stderr."""
         self._config, self._position, self._checkpoints = config, position, checkpoints
-        self._fetch, self._show = fetch, show
+        self._fetch, self._clock, self._show = fetch, clock, show
+        self._total_steps = total_steps
         self._schedule = make_schedule(config.optimizer, total_steps)
         self._pending: deque[tuple[int, Any]] = deque()
         self._log = None
@@ -65,8 +79,9 @@ class Journal:
             self._log = MetricsLog(run, keep_lines=position.lines, step=first_step, wandb=wandb)
             position.lines = self._log.lines
         self._bar: Bar[Any] = Bar("", 0, show=False)
-        self._since = time.perf_counter()
-        self._pace = Pace()
+        self._throughput = Throughput()
+        self._pace = Pace(clock.seconds("evaluation", "checkpoints"))
+        self._since, self._idle = clock.now(), Idle(clock.now)
 
     @contextmanager
     def epoch(self, step: int) -> Iterator[None]:
@@ -80,8 +95,15 @@ class Journal:
             unit="step",
             show=self._show,
         ) as self._bar:
-            self._pace.begin()
+            self._throughput.begin()
             yield
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """A batch is awaited within; what the devices idle meanwhile is noted."""
+        began = self._clock.now()
+        yield
+        self._clock.move(self._idle.seconds(began), "data")
 
     def note(self, step: int, metrics: Any) -> None:
         """A step was dispatched; its metrics may still be on their way.
@@ -90,6 +112,7 @@ class Journal:
             RunError: the loss or the gradient of an earlier step is not finite.
         """
         self._pending.append((step, metrics))
+        self._idle.dispatched(metrics)
         self._take_in(STEPS_IN_FLIGHT)
         self._bar.update()
 
@@ -118,8 +141,15 @@ class Journal:
             position.best_score, position.best_epoch = score, epoch
         return train_loss
 
+    def _ends_in(self, step: int) -> str:
+        """When the run ends, of which `step` is done, after a comma; nothing if unknown."""
+        epochs = self._config.train.epochs - self._position.evaluated_epochs
+        left = self._pace.left(self._total_steps - step, epochs)
+        return left and f", {left}"
+
     def say_epoch(self, step: int, train_loss: float, evaluation: Evaluation) -> None:
-        """One line on the epoch that was noted last."""
+        """One line on the epoch that was noted last, and is saved."""
+        self._pace.epoch(self._clock.seconds("evaluation", "checkpoints"))
         if self._show:
             per_image = evaluation.scores["per_image"]
             say(
@@ -127,17 +157,20 @@ class Journal:
                 f"step {step}  train loss {train_loss:.4f}  "
                 f"validation loss {evaluation.loss:.4f}  Dice {per_image['dice']:.4f}  "
                 f"IoU {per_image['iou']:.4f}  {self.seconds():.0f} s"
+                f"{self._ends_in(step)}"
             )
 
     def seconds(self) -> float:
         """Of training and evaluation up to now, over all restarts."""
-        return self._position.seconds + time.perf_counter() - self._since
+        return self._position.seconds + self._clock.now() - self._since
 
     def mark(self) -> None:
         """Put the time into the position, which is about to be saved."""
-        self._position.seconds, self._since = self.seconds(), time.perf_counter()
+        self._position.seconds, self._since = self.seconds(), self._clock.now()
+        self._position.clock = self._clock.record()
 
     def close(self) -> None:
+        self._idle.close()
         if self._log is not None:
             self._log.close()
 
@@ -158,12 +191,13 @@ class Journal:
                 )
             position.epoch_loss += values["loss"] * values["examples"]
             position.epoch_examples += values["examples"]
-            self._pace.add(values["examples"])
-            self._bar.note(f"loss={values['loss']:.4f}")
+            self._throughput.add(values["examples"])
+            self._pace.step(self._clock.seconds("data", "steps"))
+            self._bar.note(f"loss={values['loss']:.4f}{self._ends_in(step)}")
             if step % self._config.train.log_every == 0:
                 del values["examples"]
                 values["learning_rate"] = float(self._schedule(step - 1))
-                epoch, measured = position.evaluated_epochs + 1, self._pace.measured()
+                epoch, measured = position.evaluated_epochs + 1, self._throughput.measured()
                 self._write(step, epoch, "train", values, measured)
 
     def _write(

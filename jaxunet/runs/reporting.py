@@ -1,7 +1,8 @@
-"""The pictures of a finished run, drawn from what it logged and how it scored."""
+"""What a finished run leaves, and the pictures of it: of what it logged and how it scored."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ from jaxunet.data.reader import DataSource
 from jaxunet.devices.tuning import eval_batch_size
 from jaxunet.files import write_json
 from jaxunet.learning.metrics import per_image
+from jaxunet.learning.steps import TrainState
 from jaxunet.runs import figures
 from jaxunet.runs.loading import Masks
 from jaxunet.runs.model_card import write_card
 from jaxunet.runs.record import read_metrics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves: the final state on the host, summary.json, pictures."""
+
+    state: TrainState
+    summary: dict[str, Any]
+    pictures: list[Path]
 
 
 def write_summary(run: Path, summary: dict[str, Any]) -> None:
@@ -32,7 +43,7 @@ def write_figures(
     counts: np.ndarray,
     source: DataSource,
     config: Config,
-    title: str,
+    summary: Mapping[str, Any],
 ) -> list[Path]:
     """Draw `figures/curves.png` and `figures/predictions.png` under `run`.
 
@@ -51,6 +62,10 @@ def write_figures(
 
     chosen = figures.select_rows(per_image(counts)["dice"])
     rows = prediction_rows(chosen, masks, counts, source, config)
+    title = (
+        "{dataset[name]} {dataset[split]}, after {epoch} epochs: "
+        "mean Dice {scores[per_image][dice]:.3f}"
+    ).format_map(summary)
     return written + drawn(predictions, partial(figures.predictions, rows, predictions, title))
 
 

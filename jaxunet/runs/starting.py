@@ -10,9 +10,15 @@ import numpy as np
 from flax import traverse_util
 
 from jaxunet.bars import say
-from jaxunet.config import ModelConfig
-from jaxunet.errors import ConfigError, DataError
-from jaxunet.learning.steps import Recipe, TrainState, init_state, state_from_variables
+from jaxunet.config import Config, ModelConfig
+from jaxunet.errors import ConfigError, DataError, RunError
+from jaxunet.learning.steps import (
+    Recipe,
+    TrainState,
+    init_state,
+    make_recipe,
+    state_from_variables,
+)
 from jaxunet.pretrained.starting import starting_weights, with_encoder
 from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.journal import Position
@@ -77,14 +83,17 @@ def start(
 
 
 def latest(
-    checkpoints: Checkpoints, recipe: Recipe, batches_per_epoch: int, *, other_data: bool
+    checkpoints: Checkpoints, config: Config, batches_per_epoch: int, *, other_data: bool
 ) -> tuple[int, TrainState, Position]:
     """Steps done, the state on the host, and where the run stands at its latest checkpoint.
 
     Args:
         other_data: the run goes on with other data than before.
+
+    Raises:
+        RunError: none can be read, or more steps are done than `config` asks for.
     """
-    like = jax.tree.map(np.asarray, init_state(recipe))
+    like = jax.tree.map(np.asarray, init_state(make_recipe(config)))
     step, state, record = checkpoints.restore("latest", like)
     del record["config"]
     position = Position(**record)
@@ -95,6 +104,11 @@ def latest(
         position.epoch_loss = position.epoch_examples = 0.0
         position.shift = next_batch - step
     position.batches_per_epoch = batches_per_epoch
+    if step > (total := position.steps_until(config.train.epochs)):
+        raise RunError(
+            f"The run has done {step} steps, but train.epochs {config.train.epochs} is only "
+            f"{total}; ask for more."
+        )
     if other_data or position.best_score is None:  # not comparable, or not noted by a version
         position.best_score, position.best_epoch = None, position.evaluated_epochs
     return step, state, position

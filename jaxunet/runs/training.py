@@ -1,7 +1,7 @@
 """The training loop: joins the pure steps with data, devices, checkpoints and logs."""
 
+import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -18,26 +18,18 @@ from jaxunet.devices.distributed import is_main
 from jaxunet.devices.feed import Feed
 from jaxunet.devices.startup import say_if_loops_are_off
 from jaxunet.devices.strategies import check_divisible, make_strategy
-from jaxunet.errors import RunError
+from jaxunet.files import write_json
 from jaxunet.learning.steps import TrainState, eval_step, make_recipe, train_step
 from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.clock import Clock
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, evaluate, report
 from jaxunet.runs.journal import Journal, Position
 from jaxunet.runs.loading import compile_masks
-from jaxunet.runs.reporting import write_figures, write_summary
+from jaxunet.runs.reporting import Outcome, write_figures, write_summary
 from jaxunet.runs.starting import Given, latest, start
 from jaxunet.runs.stopping import StopVote, stop_requests, stopped
 from jaxunet.runs.watching import NOT_WATCHED, Watch
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run leaves: the final state on the host, summary.json, pictures."""
-
-    state: TrainState
-    summary: dict[str, Any]
-    pictures: list[Path]
 
 
 class Trainer:
@@ -62,7 +54,9 @@ class Trainer:
         init_from: Given | None = None,
         deadline: float | None = None,
         watch: Watch = NOT_WATCHED,
+        started: float | None = None,
     ):
+        self.clock = Clock(started)
         check_hosts(config, data)
         self.other_data = run.check_data(
             describe_split(data, config.data.train_split, config.data.image_size),
@@ -95,15 +89,12 @@ class Trainer:
         self.checkpoints = Checkpoints(run.path / "checkpoints", config.train.best_metric)
         with ExitStack() as undo:
             undo.callback(self.checkpoints.close)
-            self.has_checkpoints = bool(self.checkpoints.steps())
+            undo.enter_context(self.clock)
+            self.saved = False  # by this process
             self.step, self.state, self.position = self._restore(init_from)
-            self.first_step = self.step
-            self.total_steps = self._steps_until(config.train.epochs)
-            if self.step > self.total_steps:
-                raise RunError(
-                    f"The run has done {self.step} steps, but train.epochs "
-                    f"{config.train.epochs} is only {self.total_steps}; ask for more."
-                )
+            self.first_step, seconds = self.step, self.position.seconds
+            self.clock.add(self.position.clock, undivided=seconds, lost=run.lost(seconds))
+            self.total_steps = self.position.steps_until(config.train.epochs)
             self.trace = watch.trace(run.path, self.step, self.total_steps, self.show_progress)
             self.recipe = make_recipe(config)  # for all but the learning rate
             self.train_step = self.train_feed.compile(
@@ -139,20 +130,22 @@ class Trainer:
             RunError: the loss is not finite, or the checkpoints don't fit.
         """
         with self._close, closing(self.batches), closing(self.trace):
-            self.run.write_config()
+            self.run.write_config(at_risk=self.clock.now() - self.clock.started)
             journal = Journal(
                 self.run.path,
                 self.config,
                 self.position,
                 self.checkpoints,
                 self.strategy.fetch,
+                self.clock,
                 first_step=self.first_step,
                 total_steps=self.total_steps,
                 show=self.show_progress,
                 wandb=self.watch.wandb_log(self.run.path, self.config),
             )
             with closing(journal), stop_requests() as received:
-                self._compilation.finish()
+                with self.clock.span("compilation"):
+                    self._compilation.finish()
                 evaluation = self._train(
                     journal, StopVote(self.strategy, received, self.deadline)
                 )
@@ -163,13 +156,14 @@ class Trainer:
         # Without compilation every constant of a step is a transfer of its own.
         settings: Any = jax.config
         guard = "allow" if settings.jax_disable_jit else "disallow"
-        while not self._is_over():
-            epoch = self.position.evaluated_epochs + 1
-            last = self._steps_until(epoch)
+        self.clock.turn("steps")
+        while not self.position.is_over(self.config.train):
+            last = self.position.steps_until(self.position.evaluated_epochs + 1)
             with journal.epoch(self.step):
                 while self.step < last:
                     with self.trace.step(self.step, lambda: self.state):
-                        batch = next(self.batches)
+                        with journal.waiting_for_data():
+                            batch = next(self.batches)
                         with jax.transfer_guard(guard):  # but for what is asked for
                             placed = self.train_feed.place(batch)
                             self.state, metrics = self.train_step(self.state, placed)
@@ -191,28 +185,19 @@ class Trainer:
         # Resumed after the last epoch was evaluated, there is no evaluation yet.
         return evaluation or self._evaluate(journal)
 
-    def _is_over(self) -> bool:
-        """Whether all epochs are done, or `train.patience` is at its end."""
-        done, train = self.position.evaluated_epochs, self.config.train
-        waited = done - self.position.best_epoch
-        return done >= train.epochs or 0 < train.patience <= waited
-
     def _restore(self, init_from: Given | None) -> tuple[int, TrainState, Position]:
         """Steps done, the state on the devices, and the position; from the start if need be."""
-        recipe, per_epoch = make_recipe(self.config), self.order.batches_per_epoch
-        if self.has_checkpoints:
+        per_epoch = self.order.batches_per_epoch
+        if self.checkpoints.steps():
             step, state, position = latest(
-                self.checkpoints, recipe, per_epoch, other_data=self.other_data
+                self.checkpoints, self.config, per_epoch, other_data=self.other_data
             )
         else:
-            begun = start(recipe, self.config.model, init_from, show=self.show_progress)
+            recipe, show = make_recipe(self.config), self.show_progress
+            begun = start(recipe, self.config.model, init_from, show=show)
             self.run.begin(begun.weights, begun.init_from)
             step, state, position = 0, begun.state, Position(batches_per_epoch=per_epoch)
         return step, self.strategy.replicate(state), position
-
-    def _steps_until(self, epoch: int) -> int:
-        """Steps done at the end of so many epochs."""
-        return self.order.batches_per_epoch * epoch - self.position.shift
 
     def _is_due(self, last: int) -> bool:
         """Whether to save in the middle of an epoch; at its end it is saved anyway."""
@@ -225,26 +210,28 @@ class Trainer:
                 self._save(journal)
                 self._stop(stop)
 
-        return evaluate(
-            self.validation_feed,
-            self.eval_step,
-            self.state.variables,
-            self.config,
-            progress=self.show_progress,
-            check_stop=check_stop,
-        )
+        with self.clock.span("evaluation"):
+            return evaluate(
+                self.validation_feed,
+                self.eval_step,
+                self.state.variables,
+                self.config,
+                progress=self.show_progress,
+                check_stop=check_stop,
+            )
 
     def _save(self, journal: Journal, metrics: dict[str, float] | None = None) -> None:
         journal.mark()
-        self.position.loader = self.batches.get_state()
-        record = {**vars(self.position), "config": to_dict(self.config)}
-        self.checkpoints.save(self.strategy.fetch(self.state), record, metrics)
-        if not self.has_checkpoints:
-            self.checkpoints.wait()
-            self.run.write_config()  # which says that there is one
-            self.has_checkpoints = True
-        if is_main():
-            tuning.keep(self.run.path)
+        with self.clock.span("checkpoints"):
+            self.position.loader = self.batches.get_state()
+            record = {**vars(self.position), "config": to_dict(self.config)}
+            self.checkpoints.save(self.strategy.fetch(self.state), record, metrics)
+            if not self.saved:
+                self.checkpoints.wait()
+                self.run.write_config()  # which says that there is one
+                self.saved = True
+            if is_main():
+                tuning.keep(self.run.path)
 
     def _stop(self, number: int) -> NoReturn:
         self.checkpoints.wait()
@@ -252,12 +239,13 @@ class Trainer:
 
     def _finish(self, journal: Journal, evaluation: Evaluation) -> Outcome:
         """Write summary.json and the figures."""
+        self.clock.turn("checkpoints")
         self.checkpoints.wait()
+        self.clock.turn("figures")
         train, data, seconds = self.config.train, self.config.data, journal.seconds()
-        dataset = describe_split(self.data, data.validation_split, data.image_size)
         summary = report(
             evaluation,
-            dataset=dataset,
+            dataset=describe_split(self.data, data.validation_split, data.image_size),
             step=self.step,
             epoch=(epochs := self.position.evaluated_epochs),
             wall_seconds=seconds,
@@ -266,6 +254,7 @@ class Trainer:
         best = self.checkpoints.step_of("best")
         summary["best"] = {"metric": train.best_metric, "step": best}
         host = self.strategy.fetch(self.state)
+        summary["time"] = self.clock.record()
         if not is_main():
             return Outcome(host, summary, [])
         write_summary(self.run.path, summary)
@@ -275,9 +264,10 @@ class Trainer:
             evaluation.counts,
             self.validation_feed.source,
             self.config,
-            title=f"{dataset['name']} {dataset['split']}, after {epochs} epochs: "
-            f"mean Dice {evaluation.scores['per_image']['dice']:.3f}",
+            summary,
         )
+        summary["time"] = self.clock.record()  # the pictures', too
+        write_json(self.run.path / "summary.json", summary)
         return Outcome(host, summary, pictures)
 
 
@@ -293,6 +283,7 @@ def train(
     init_from: Given | None = None,
     deadline: float | None = None,
     watch: Watch = NOT_WATCHED,
+    started: float | None = None,
 ) -> Outcome:
     """Train `config` on `data` in the run directory `out`; see `Trainer.train`.
 
@@ -305,7 +296,9 @@ def train(
         init_from: weights to start from where the run has no checkpoint yet.
         deadline: time of `time.monotonic` at which to save and stop.
         watch: what to have beyond the run's own files.
+        started: when the run's start began, by the same clock; see `jaxunet.runs.clock`.
     """
+    started = time.monotonic() if started is None else started
     with RunDirectory(Path(out), config, resume=resume) as run:
         return Trainer(
             config,
@@ -317,4 +310,5 @@ def train(
             init_from=init_from,
             deadline=deadline,
             watch=watch,
+            started=started,
         ).train()

@@ -170,6 +170,12 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     losses = list(point["train"]["first_loss"].values())
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
     assert set(point["training"]) == {"none", "host", "device"}
+    assert "End to end, seconds of all rounds" in output
+    for cached in point["training"].values():
+        spent = cached["time"]["seconds"]
+        assert spent.keys() <= {"start", "compilation", "data", "steps"}
+        assert min(spent["start"], spent["compilation"], spent["steps"]) > 0
+        assert sum(spent.values()) == pytest.approx(cached["time"]["total_seconds"], abs=0.01)
     assert found["versions"]["torch"]
     layers = point["layers"]
     assert sum(len(entry["layers"]) for entry in layers) == 6

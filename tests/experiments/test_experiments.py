@@ -34,8 +34,9 @@ def trained(tmp_path_factory, prepared):
 def test_train_shows_epochs_scores_and_where_everything_is(trained):
     out, output = trained
     for expected in (
-        r"epoch 1/2.*train loss.*Dice 0\.",
-        r"epoch 2/2",
+        r"epoch 1/2.*train loss.*Dice 0\..* s, run ends in .* s\n",
+        r"epoch 2/2.* s\n",
+        r"Time: .* s: start .* compilation .*cache: .* steps .* evaluation .* figures ",
         r"per image",
         r"batch of 4",
         r"pooled",

@@ -45,6 +45,7 @@ OPTIONS = [
     *("--train.batch-size", "4", "--train.eval-batch-size", "4"),
     *("--train.checkpoint-every", "2", "--optimizer.ema-decay", "0.9"),
 ]
+TIMES_AND_CONFIG = ("seconds", "clock", "config")
 PATIENCE = 300  # seconds for one start to finish
 
 
@@ -142,7 +143,7 @@ def result(folder: Path) -> dict[str, Any]:
     return {
         "step": step,
         "state": [(leaf.dtype, leaf.tobytes()) for leaf in jax.tree.leaves(state)],
-        "progress": {k: v for k, v in progress.items() if k not in ("seconds", "config")},
+        "progress": {k: v for k, v in progress.items() if k not in TIMES_AND_CONFIG},
         "steps": steps,
         "lines": [
             (line["step"], line["epoch"], line["split"], line["values"])

@@ -258,7 +258,11 @@ def test_a_figure_that_fails_costs_a_line_not_the_run(tmp_path, monkeypatch, cap
         np.array([[0, 0, 0, 64]]),
         examples,
         Config(DataConfig(image_size=16), train=TrainConfig(eval_batch_size=2)),
-        "title",
+        {
+            "dataset": {"name": "synthetic", "split": "validation"},
+            "epoch": 1,
+            "scores": {"per_image": {"dice": 0.5}},
+        },
     )
     assert written == [tmp_path / "figures" / "predictions.png"]
     said = capsys.readouterr().err

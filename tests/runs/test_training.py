@@ -1,11 +1,10 @@
-import itertools
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import ConfigError, RunError, Stopped
 from jaxunet.learning.steps import eval_step
 from jaxunet.runs.checkpoint import Checkpoints
+from jaxunet.runs.clock import ROWS
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import evaluate
 from jaxunet.runs.loading import load
@@ -164,19 +164,63 @@ def test_a_stop_during_evaluation_is_saved_and_resumed(
     assert lines(tmp_path / "run") == lines(unbroken["pmap"][0])
 
 
-def test_the_clock_goes_on_where_a_stopped_run_left_it(config, data, tmp_path, monkeypatch):
-    def restart():
-        ticks = map(float, itertools.count())
-        clock = SimpleNamespace(perf_counter=ticks.__next__)
-        monkeypatch.setattr("jaxunet.runs.journal.time", clock)
+class Slow:
+    """Batches that come late, for which the devices wait."""
 
-    restart()
-    train_until(4, config, data, tmp_path / "run")
-    restart()
-    outcome = train(config, data, tmp_path / "run", resume=True, show_progress=False)
-    seconds = [line["wall_seconds"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
-    assert seconds == sorted(set(seconds))
-    assert outcome.summary["wall_seconds"] > seconds[-1]
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __next__(self):
+        time.sleep(0.1)
+        return next(self.batches)
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
+def test_the_rows_of_the_time_are_the_wall_time_across_kills(
+    config, data, tmp_path, monkeypatch
+):
+    """Two processes die while the second epoch is scored, of which nothing is saved."""
+    import jaxunet.runs.training as training
+
+    real, wall, died = training.evaluate, 0.0, 0.0
+
+    def evaluate_once(*args, **kwargs):
+        nonlocal died
+        if read_metrics(out / "metrics.jsonl")[-1]["step"] == 6:
+            died = time.monotonic()
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    out, lost = tmp_path / "run", 0.0
+    config = replace(config, train=replace(config.train, checkpoint_every=0))
+    for _ in range(2):
+        began = time.monotonic()
+        with RunDirectory(out, config, resume=True) as run, monkeypatch.context() as patch:
+            patch.setattr(training, "evaluate", evaluate_once)
+            trainer = Trainer(config, data, run, show_progress=False, started=began)
+            trainer.batches = Slow(trainer.batches)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        wall, began_last = wall + died - began, began
+        logged = read_metrics(out / "metrics.jsonl")
+        lost += logged[-1]["wall_seconds"] - trainer.position.seconds
+    began = time.time()
+    summary = train(config, data, out, resume=True, show_progress=False).summary
+    wall += (out / "summary.json").stat().st_mtime - began
+
+    spent, total = summary["time"]["seconds"], summary["time"]["total_seconds"]
+    assert sum(spent.values()) == pytest.approx(total, abs=0.01)
+    assert total == pytest.approx(wall, rel=0.02)
+    assert set(spent) == set(ROWS) - {"undivided"}
+    assert lost > 2 * 3 * 0.1  # by the log; with the start of the second, that saved nothing
+    assert lost < spent["lost"] < lost + died - began_last
+    assert spent["data"] > 2 * 0.1  # of the first epoch: that is saved
+    seconds = [line["wall_seconds"] for line in read_metrics(out / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
+    assert summary["wall_seconds"] > seconds[-1]
+    assert summary["wall_seconds"] < total - lost - spent["start"] + 0.01
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "jit"])

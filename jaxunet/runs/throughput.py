@@ -7,7 +7,7 @@ import jax
 from jaxunet.devices.memory import peak_memory
 
 
-class Pace:
+class Throughput:
     """Counts the examples that were trained on since the last log line, and the time."""
 
     def __init__(self) -> None:
