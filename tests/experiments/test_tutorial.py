@@ -7,12 +7,13 @@ import io
 import itertools
 import json
 import re
+import runpy
 
 import numpy as np
 import pytest
 from notebooks import TUTORIAL, WIDEST, committed, text_of
 from PIL import Image
-from presets import demo
+from scripts import SCRIPTS
 
 import jaxunet
 
@@ -88,7 +89,8 @@ def test_its_configuration_is_the_preset_that_it_names():
             if isinstance(node, ast.Assign) and ast.unparse(node.targets) == name
         )
         names[name] = eval(ast.unparse(value), {}, names)
-    assert names["config"] == demo()
+    presets = runpy.run_path(str(SCRIPTS / "presets.py"))
+    assert names["config"] == presets["demo"]()
 
 
 def test_a_notebook_that_was_run_is_committed_without_what_only_this_machine_gives():
