@@ -36,7 +36,14 @@ from jaxunet.ranges import require_at_least
 from jaxunet.runs import figures, reliability
 from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, report, table
 from jaxunet.runs.loading import Masks, TrainedModel, compile_masks, compile_probabilities
-from jaxunet.runs.record import other_data, read_record, recorded_dataset, recorded_fingerprint
+from jaxunet.runs.record import (
+    config_of_main,
+    load_config,
+    other_data,
+    read_record,
+    recorded_dataset,
+    recorded_fingerprint,
+)
 from jaxunet.runs.reporting import drawn, prediction_rows
 from jaxunet.runs.scoring import evaluate_split
 
@@ -206,12 +213,12 @@ def main() -> None:
     distributed.on_main(
         lambda: check_writable(out, "--out" if arguments.out else "RUN"), "checking --out"
     )
-    model = arguments.load(runs, strategy, show_progress=distributed.is_main())
-    own = model.config
+    own = config_of_main(partial(load_config, runs[0]))
     eval_batch_size = tuning.eval_batch_size(own.train)
     check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     chosen, on_purpose = choose_data(arguments, own.data)
     config = replace(own, data=chosen)
+    model = arguments.load(runs, strategy, data=chosen, show_progress=distributed.is_main())
     if arguments.native:
         pairs, dataset = originals(chosen, split)
         ids = [pair.id for pair in pairs]

@@ -47,9 +47,13 @@ def show(found: dict[str, Any]) -> None:
     table.add_column("")
     for heading in (*GAINS.values(), *ERRORS.values()):
         table.add_column(heading)
-    for number, way in enumerate(found["ways"]):
+    averaging = [found["averaging"]] if "averaging" in found else []
+    for number, way in enumerate([*found["ways"], *averaging]):
         cells = []
         for name in (*GAINS, *ERRORS):
+            if name not in way["scores"]:  # the calibration error is no mean over images
+                cells.append("")
+                continue
             score = way["scores"][name]
             low, high = score["interval"]
             change = f"\n{score['difference']:+.4f} ({low:+.4f} to {high:+.4f})"

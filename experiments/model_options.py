@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import jax
 
+from jaxunet.config import DataConfig
 from jaxunet.devices import tuning
 from jaxunet.devices.strategies import Strategy, make_strategy
 from jaxunet.errors import ConfigError
@@ -47,14 +48,24 @@ class ModelOptions(RunOptions):
     """Fill holes of masks and keep the largest region only."""
 
     def load(
-        self, runs: Path | Sequence[Path], strategy: Strategy, *, show_progress: bool = True
+        self,
+        runs: Path | Sequence[Path],
+        strategy: Strategy,
+        *,
+        data: DataConfig | None = None,
+        show_progress: bool = True,
     ) -> TrainedModel:
-        """The model of `runs`, of several an ensemble, as these options have it."""
+        """The model of `runs`, of several an ensemble, as these options have it.
+
+        Args:
+            data: where the runs' data may be now, for what is `auto`.
+        """
         return settle(
             load(runs, self.checkpoint, self.views),
             strategy,
             threshold=self.threshold,
             temperature=self.temperature,
+            data=data,
             show_progress=show_progress,
         )
 

@@ -9,11 +9,11 @@ import numpy as np
 from scipy.special import expit
 
 from jaxunet.devices.strategies import Strategy
-from jaxunet.inference.comparison import compare
+from jaxunet.inference.comparison import COMPARED, compare
 from jaxunet.learning import calibration
 from jaxunet.learning.bootstrap import calibration_intervals, mean_intervals
 from jaxunet.learning.clean_up import cleaned
-from jaxunet.learning.metrics import Counts, count
+from jaxunet.learning.metrics import Counts, count, per_image
 from jaxunet.learning.views import Views
 from jaxunet.runs.calibration import calibrate, settle
 from jaxunet.runs.checkpoint import Which
@@ -29,7 +29,8 @@ class Way:
     """One way to make masks of a model's maps, and what it makes of those it has seen.
 
     Attributes:
-        together: of all runs, not the first alone.
+        together: of all runs, not of one alone.
+        member: else of which run, the first being 0.
         fitted: what of it was fitted on the validation split.
     """
 
@@ -40,6 +41,7 @@ class Way:
     temperature: float = 1.0
     clean: bool = False
     fitted: tuple[str, ...] = ()
+    member: int = 0
     _counts: list[Counts] = field(default_factory=list)
     _bins: list[calibration.Bins] = field(default_factory=list)
     _entropy: list[np.ndarray] = field(default_factory=list)
@@ -58,7 +60,7 @@ class Way:
     def against(self, other: "Way") -> dict[str, Any]:
         """All that it scores, and how that differs from `other`, image by image."""
         found: dict[str, Any] = compare(self.counts, other.counts)
-        entropy, before = np.concatenate(self._entropy), np.concatenate(other._entropy)
+        entropy, before = self.entropy, other.entropy
         bins = {AS_IS: np.concatenate(other._bins), "with": np.concatenate(self._bins)}
         error = {n: float(calibration.calibration_error(b.sum(0))) for n, b in bins.items()}
         found["cross_entropy"] = {
@@ -79,10 +81,45 @@ class Way:
     def counts(self) -> Counts:
         return np.concatenate(self._counts)
 
+    @property
+    def entropy(self) -> np.ndarray:
+        """Cross-entropy of each image."""
+        return np.concatenate(self._entropy)
+
     def described(self) -> dict[str, Any]:
         """For the record."""
         names = ("name", "threshold", "views", "together", "temperature", "clean")
         return {**{n: getattr(self, n) for n in names}, "fitted_on_validation": self.fitted}
+
+
+def averaging(ensemble: Way, alone: Sequence[Way]) -> dict[str, dict[str, Any]]:
+    """What the runs score together, less the mean of what each scores alone, image by image.
+
+    Against their mean, and not the best of them: which is the best, these images themselves
+    would say.
+
+    Returns:
+        For each score the means `first` (together) and `second` (alone), their `difference`
+        and its 95% bootstrap `interval` over images.
+    """
+
+    def scores(way: Way) -> dict[str, np.ndarray]:
+        found = per_image(way.counts)
+        return {**{name: found[name] for name in COMPARED}, "cross_entropy": way.entropy}
+
+    one, others = scores(ensemble), [scores(way) for way in alone]
+    mean = {name: np.mean([each[name] for each in others], axis=0) for name in one}
+    differences = {name: one[name] - mean[name] for name in one}
+    between = mean_intervals(differences)
+    return {
+        name: {
+            "first": float(one[name].mean()),
+            "second": float(mean[name].mean()),
+            "difference": float(each.mean()),
+            "interval": between[name],
+        }
+        for name, each in differences.items()
+    }
 
 
 def gains(
@@ -102,24 +139,25 @@ def gains(
 
     Returns:
         `dataset`; `ways`, each with `scores`: for each score `first` (with it), `second` (as
-        is), their mean `difference` and its 95% bootstrap `interval` over images.
+        is), their mean `difference` and its 95% bootstrap `interval` over images; of several
+        runs also `averaging`, with such `scores` against the mean of the runs, each alone.
 
     Raises:
         DataError: the data have changed.
         RunError: a run's weights make logits that are not finite.
     """
-    everyone = load(runs, which)
-    first = load(runs[:1], which) if len(runs) > 1 else everyone
+    everyone, several = load(runs, which), len(runs) > 1
+    singles = [load([run], which) for run in runs] if several else [everyone]
+    first = singles[0]
     own = settle(first, strategy).recipe.threshold
     data, dataset = own_split(
         everyone, split, advice="Gains are of the run's own data.", show_progress=show_progress
     )
 
-    def seen(together: bool, views: Views) -> TrainedModel:
-        model = everyone if together else first
+    def seen(together: bool, views: Views, member: int = 0) -> TrainedModel:
+        model = everyone if together else singles[member]
         return replace(model, recipe=replace(model.recipe, views=views))
 
-    several = len(runs) > 1
     alone = calibrate(seen(False, "none"), strategy, show_progress=show_progress)
     best = calibrate(seen(several, "d4"), strategy, show_progress=show_progress)
     moved = calibration.tempered(best.threshold, best.temperature)
@@ -139,14 +177,23 @@ def gains(
         ),
         Way("all of them", moved, "d4", several, best.temperature, True, fitted),
     ]
-    for together, views in dict.fromkeys((way.together, way.views) for way in ways):
-        looking = [way for way in ways if (way.together, way.views) == (together, views)]
+    others = [
+        Way(str(run), settle(single, strategy).recipe.threshold, member=member)
+        for member, (run, single) in enumerate(zip(runs, singles, strict=True))
+        if member
+    ]
+
+    def sees(way: Way) -> tuple[bool, Views, int]:
+        return way.together, way.views, way.member
+
+    for sight in dict.fromkeys(map(sees, [*ways, *others])):
+        looking = [way for way in [*ways, *others] if sees(way) == sight]
 
         def look(maps: Maps, looking: list[Way] = looking) -> None:
             for way in looking:
                 way.look(maps)
 
-        model = seen(together, views)
+        model = seen(*sight)
         evaluation = evaluate_split(
             model,
             strategy,
@@ -157,9 +204,17 @@ def gains(
             show_progress=show_progress,
         )
         evaluation.require_finite(model.step, f"{dataset['name']} {split}")
+    averaged = {}
+    if several:
+        (ensemble,) = (way for way in ways if way.together and way.views == "none")
+        averaged["averaging"] = {
+            "name": f"{ensemble.name} less the mean of its runs",
+            "scores": averaging(ensemble, [ways[0], *others]),
+        }
     return {
         "dataset": dataset,
         "runs": [member.described() for member in everyone.members],
         "validation_split": first.config.data.validation_split,
         "ways": [{**way.described(), "scores": way.against(ways[0])} for way in ways],
+        **averaged,
     }

@@ -159,15 +159,17 @@ def evaluate(
         DataError: there is no such split, or the run's own data have changed.
     """
     strategy = make_strategy("jit")
+    trained = load_trained(_paths(runs), which, views)
+    own = trained.config.data
+    chosen = replace(data, image_size=own.image_size) if data else own
     model = settle(
-        load_trained(_paths(runs), which, views),
+        trained,
         strategy,
         threshold=threshold,
         temperature=temperature,
+        data=chosen,
         show_progress=show_progress,
     )
-    own = model.config.data
-    chosen = replace(data, image_size=own.image_size) if data else own
     if data:
         prepared = prepare(chosen, progress=show_progress)
         dataset = describe_split(prepared, split, own.image_size)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxunet.config import require
+from jaxunet.config import DataConfig, require
 from jaxunet.devices.distributed import on_main
 from jaxunet.devices.environment import environment
 from jaxunet.devices.strategies import Strategy
@@ -46,12 +46,14 @@ def settle(
     *,
     threshold: float | Auto | None = None,
     temperature: float | Auto = 1.0,
+    data: DataConfig | None = None,
     show_progress: bool = True,
 ) -> TrainedModel:
     """`model` with a threshold and a temperature; what is `auto` comes from `calibrate`.
 
     Args:
         threshold: of the probabilities as they come out; None: the runs' own.
+        data: see `calibrate`.
 
     Raises:
         ConfigError: a number is out of its range, or the runs' own thresholds differ.
@@ -67,7 +69,7 @@ def settle(
             raise ConfigError(f"The runs' thresholds differ ({said}): give one, or 'auto'.")
         threshold = model.recipe.threshold
     if "auto" in (threshold, temperature):
-        found = calibrate(model, strategy, show_progress=show_progress)
+        found = calibrate(model, strategy, data=data, show_progress=show_progress)
         temperature = found.temperature if temperature == "auto" else temperature
         if threshold == "auto":
             threshold = calibration.tempered(found.threshold, temperature)
@@ -81,9 +83,16 @@ def settle(
 
 
 def calibrate(
-    model: TrainedModel, strategy: Strategy, *, show_progress: bool = True
+    model: TrainedModel,
+    strategy: Strategy,
+    *,
+    data: DataConfig | None = None,
+    show_progress: bool = True,
 ) -> Calibration:
     """The threshold and temperature for `model` as it sees pictures: kept, or fitted and kept.
+
+    Args:
+        data: where the runs' data may be now; other data than theirs are never fitted on.
 
     Raises:
         ConfigError: the runs were validated on different splits.
@@ -102,7 +111,7 @@ def calibrate(
 
     kept = on_main(find, f"reading {FILE}")
     if kept is None:
-        kept = _fit(model, strategy, path, show_progress)
+        kept = _fit(model, strategy, path, data, show_progress)
     return Calibration(kept["threshold"], kept["temperature"])
 
 
@@ -137,7 +146,11 @@ def _slot(model: TrainedModel) -> str:
 
 
 def _fit(
-    model: TrainedModel, strategy: Strategy, path: Path, show_progress: bool
+    model: TrainedModel,
+    strategy: Strategy,
+    path: Path,
+    given: DataConfig | None,
+    show_progress: bool,
 ) -> dict[str, float]:
     first, *others = model.members
     for other in others:
@@ -157,6 +170,7 @@ def _fit(
         split,
         advice="What is 'auto' is fitted on the run's own validation split: bring the data "
         "back, or give numbers.",
+        given=given,
         show_progress=show_progress,
     )
     plain = replace(model, recipe=replace(model.recipe, temperature=1.0))

@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec
@@ -50,13 +51,15 @@ ORANGE, BLACK, SKY, YELLOW = "#E69F00", "#000000", "#56B4E9", "#F0E442"
 
 P = ParamSpec("P")
 
+_ONE_AT_A_TIME = threading.RLock()  # matplotlib, and its settings, are no thread's own
+
 
 def with_own_settings(draw: Callable[P, None]) -> Callable[P, None]:
     """`draw` under matplotlib's own settings, not the user's: these could need TeX, say."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
-        with matplotlib.style.context("default"):
+        with _ONE_AT_A_TIME, matplotlib.style.context("default"):
             draw(*args, **kwargs)
 
     return drawn

@@ -183,6 +183,45 @@ def test_the_threshold_is_the_best_on_validation_and_is_kept(world, sound, pictu
         jaxunet.load(world / "a", threshold="auto")
 
 
+def photographs(folder, seed, count=6):
+    """Pictures and masks out of a hat, for `data.name folder`."""
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (folder / split / kind).mkdir(parents=True)
+        for number in range(count):
+            rng = np.random.default_rng([seed, number, split == "val"])
+            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / split / "images" / f"{split}{number}.png")
+            mask = Image.fromarray(np.uint8(255) * (pixels[..., 0] > 128))
+            mask.save(folder / split / "masks" / f"{split}{number}.png")
+    return folder
+
+
+def test_what_is_auto_is_fitted_on_the_runs_own_data_wherever_they_are_now(sound, tmp_path):
+    own, elsewhere = photographs(tmp_path / "own", 0), tmp_path / "elsewhere"
+    data = DataConfig(
+        name="folder", dir=own, prepared_dir=tmp_path / "there", image_size=16, stored_size=16
+    )
+    made(tmp_path / "run", dataclasses.replace(sound[1], data=data), 2)
+
+    def fitted_on():
+        found = json.loads((tmp_path / "run" / FILE).read_text())["latest"]
+        (tmp_path / "run" / FILE).unlink()
+        return found["fitted_on"]["fingerprint"]
+
+    fingerprint = prepare(data, progress=False).fingerprint
+    other = dataclasses.replace(data, dir=photographs(tmp_path / "other", 1))
+    jaxunet.evaluate(tmp_path / "run", data=other, threshold="auto", show_progress=False)
+    assert fitted_on() == fingerprint != prepare(other, progress=False).fingerprint
+
+    own.rename(elsewhere)
+    shutil.rmtree(tmp_path / "there")
+    words = ["evaluate.py", tmp_path / "run", "--threshold", "auto"]
+    assert str(own) in scripted(words, expect=1)
+    scripted([*words, "--data.dir", elsewhere])
+    assert fitted_on() == fingerprint
+
+
 def test_runs_that_do_not_go_together_are_refused(world):
     both = [world / "a", world / "b"]
     with pytest.raises(ConfigError, match="is given twice"):
@@ -253,6 +292,15 @@ def test_gains_are_differences_image_by_image(world, pictures, maps):
         assert score["first"] == pytest.approx(dice.mean())
         assert score["difference"] == pytest.approx((dice - before).mean())
         assert score["interval"][0] <= score["difference"] <= score["interval"][1]
+    averaging = found["averaging"]["scores"]
+    mean = (before + dice_of(maps[1], 0.5, truth)) / 2
+    gained = dice_of(maps[2], 0.5, truth) - mean
+    assert averaging["dice"]["second"] == pytest.approx(mean.mean())
+    assert averaging["dice"]["difference"] == pytest.approx(gained.mean())
+    low, high = averaging["dice"]["interval"]
+    assert gained.min() <= low < gained.mean() < high <= gained.max()
+    assert averaging["cross_entropy"]["difference"] < 0  # it is convex
+    assert "ensemble of 2 less the mean of its runs" in output
     entropy = ways["temperature auto"]["scores"]["cross_entropy"]
     assert entropy["difference"] < 0
     lesion = truth[..., 0] > 0
