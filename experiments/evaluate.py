@@ -149,6 +149,12 @@ def score_originals(
     tolerance: float,
     clean: bool,
 ) -> Evaluation:
+    if config.data.ignore_value is not None:
+        print(
+            "hd95 and nsd are left out: with data.ignore_value nobody knows where an outline "
+            "runs through pixels that don't count.",
+            file=sys.stderr,
+        )
     start = time.perf_counter()
     counts, boundary = evaluate_native(
         compile_probabilities(strategy, model.recipe, model.variables),
@@ -211,6 +217,8 @@ def main() -> None:
     eval_batch_size = tuning.eval_batch_size(own.train)
     check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     chosen, on_purpose = choose_data(arguments, own.data)
+    if arguments.tolerance != TOLERANCE and chosen.ignore_value is not None:
+        raise ConfigError("--tolerance is of scores that data.ignore_value leaves out.")
     config = replace(own, data=chosen)
     if arguments.native:
         pairs, dataset = originals(chosen, split)
@@ -273,7 +281,7 @@ def main() -> None:
     sizes = [flops.size(m.config.model, config.data.image_size) for m in model.members]
     made["model"] = size = {name: sum(each[name] for each in sizes) for name in sizes[0]}
     size["gflops"] *= 2 * len(QUARTERS[arguments.views]) or 1
-    if arguments.native:
+    if evaluation.boundary is not None:
         made["tolerance"] = arguments.tolerance
     trained_on = recorded_dataset(read_record(runs[0]))
     each = path.with_suffix(".csv")
