@@ -70,27 +70,31 @@ def warp(
     (row, down), (column, right) = source(0, height), source(1, width)
     first = jnp.arange(count)[:, None, None] * (height * width) + row * width + column
     # A pixel's four values as one word: a fourth of what is gathered, which takes the time.
+    colours = jnp.unstack(images, axis=-1)
     truth = masks[..., 0] if ignores else jnp.where(masks[..., 0] > 0, 255, 0)
-    words = _words(*jnp.unstack(images, axis=-1), truth)
+    words = _words(*colours, truth)
     words = words.reshape(-1)
     corners = [words.at[first + step].get(mode="clip") for step in (0, 1, width, width + 1)]
 
     def between(channel: int, value: int | None = None) -> Array:
-        """A channel, or where it is `value`, 0 to 255."""
-        four = [_channel(each, channel) for each in corners]
-        if value is not None:
-            four = [jnp.where(each == value, 255, 0) for each in four]
-        a, b, c, d = (each.astype(jnp.float32) for each in four)
+        """A channel, or how much of it is `value`, of 255."""
+
+        def part(words: Array) -> Array:
+            found = _channel(words, channel)
+            found = found if value is None else jnp.where(found == value, 255, 0)
+            return found.astype(jnp.float32)
+
+        a, b, c, d = map(part, corners)
         above, below = a + (b - a) * right, c + (d - c) * right
         return above + (below - above) * down
 
-    colours = [between(channel) for channel in range(3)]
+    varied = [between(channel) for channel in range(3)]
     lesion = between(3, 255 if ignores else None)
-    colours = list(map(jnp.round, colours))
+    varied = list(map(jnp.round, varied))
     truth = jnp.where(lesion > 127.5, 255, 0)
     if ignores:
         truth = jnp.where(between(3, IGNORED) >= 0.5, IGNORED, truth)
-    found = _words(*colours, truth)
+    found = _words(*varied, truth)
     # Without a barrier XLA would gather anew for each use of a value.
     values = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(found), jnp.uint8)
     return values[..., :3], values[..., 3:]
