@@ -19,4 +19,4 @@ def discs(tmp_path_factory):
 
 @pytest.mark.parametrize("row", ROWS, ids=described)
 def test_a_run_learns_under_both_strategies_alike_and_survives_a_kill(row, discs, tmp_path):
-    check(row, *discs, tmp_path)
+    check(row, discs, tmp_path)
