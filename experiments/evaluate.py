@@ -156,6 +156,12 @@ def score_originals(
     tolerance: float,
     clean: bool,
 ) -> Evaluation:
+    if config.data.ignore_value is not None:
+        print(
+            "hd95 and nsd are left out: with data.ignore_value nobody knows where an outline "
+            "runs through pixels that don't count.",
+            file=sys.stderr,
+        )
     start = time.perf_counter()
     counts, boundary = evaluate_native(
         compile_probabilities(strategy, model.recipe, model.variables),
@@ -217,6 +223,8 @@ def main() -> None:
     eval_batch_size = tuning.eval_batch_size(own.train)
     check_divisible("train.eval_batch_size", eval_batch_size, jax.device_count())
     chosen, on_purpose = choose_data(arguments, own.data)
+    if arguments.tolerance != TOLERANCE and chosen.ignore_value is not None:
+        raise ConfigError("--tolerance is of scores that data.ignore_value leaves out.")
     config = replace(own, data=chosen)
     model = arguments.load(runs, strategy, data=chosen, show_progress=distributed.is_main())
     if arguments.native:
@@ -280,7 +288,7 @@ def main() -> None:
     sizes = [flops.size(m.config.model, config.data.image_size) for m in model.members]
     made["model"] = size = {name: sum(each[name] for each in sizes) for name in sizes[0]}
     size["gflops"] *= 2 * len(QUARTERS[arguments.views]) or 1
-    if arguments.native:
+    if evaluation.boundary is not None:
         made["tolerance"] = arguments.tolerance
     trained_on = recorded_dataset(read_record(runs[0]))
     each = path.with_suffix(".csv")

@@ -14,7 +14,7 @@ from command_line import parse, preset, run_script, take_preset
 from presets import PRESETS
 from scipy import ndimage
 
-from jaxunet.config import DataConfig, TrainConfig
+from jaxunet.config import IGNORED, DataConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.data.images import encode_png
 from jaxunet.data.reader import BatchReader, HostBatch
@@ -47,8 +47,13 @@ class Arguments:
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image with the innermost pixels of the mask's border in a colour."""
-    lesion = mask[..., 0] > 0
+    """The image with the innermost pixels of the mask's border in a colour.
+
+    Pixels that don't count are grey.
+    """
+    ignored = mask[..., 0] == IGNORED
+    lesion = (mask[..., 0] > 0) & ~ignored
+    image = np.where(ignored[..., None], np.uint8(128), image)
     border = lesion & ~ndimage.binary_erosion(lesion, border_value=1)
     return np.where(border[..., None], np.array(OUTLINE, np.uint8), image)
 
@@ -59,12 +64,15 @@ def grid(train: TrainConfig, batch: HostBatch, draws: int) -> np.ndarray:
     Returns:
         uint8 [height, width, 3].
     """
-    vary = jax.jit(partial(augment, train.augmentation.ranges(train.augment)))
+    vary = jax.jit(
+        partial(augment, train.augmentation.ranges(train.augment)), static_argnames="ignores"
+    )
     images, masks, real = batch["image"], batch["mask"], batch["weight"] > 0
+    ignores = bool((masks == IGNORED).any())
     columns = [(images, masks)]
     for step in range(draws):
         keys = example_keys(seed_key(train.seed), jnp.int32(step), jnp.arange(len(images)))
-        columns.append(jax.device_get(vary(keys, images, masks, real)))
+        columns.append(jax.device_get(vary(keys, images, masks, real, ignores=ignores)))
     shown = [[outlined(*pair) for pair in zip(*each, strict=True)] for each in columns]
     tiles = np.stack(shown, axis=1)[real]
     border = ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0))

@@ -18,6 +18,10 @@ MAX_MEGAPIXELS = 128
 """Largest image that is decoded unless another limit is given, in millions of pixels.
 Telephones take 108, which decoded are 324 MB; the largest official ISIC 2018 image has 30."""
 
+IGNORED = 128
+"""What a pixel that doesn't count is in a mask once it is read, whatever it was in its file;
+lesion is 255, background 0."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -51,6 +55,9 @@ class DataConfig:
     binarize: bool = False
     """Take masks of other values than 0 and 255, and grey ones saved in colour. One value
     beside 0 is the lesion; several are cut at half of their type's range (127 of 8 bits)."""
+    ignore_value: int | None = None
+    """Value of the pixels in masks that don't count (hair, rulers, uncertain rims): they are
+    left out of the loss and of every score (none: all count)."""
     max_megapixels: int = MAX_MEGAPIXELS
     """Largest picture that is decoded, in millions of pixels. One of 128 takes up to 1 GB, and
     eight are prepared at once where there are as many cores."""
@@ -106,6 +113,21 @@ class DataConfig:
             self.workers,
             "0 with data.loader 'tfdata', which has threads of its own",
         )
+        if self.ignore_value is not None:
+            require(
+                0 < self.ignore_value <= 254 + self.binarize,
+                "data.ignore_value",
+                self.ignore_value,
+                "from 1 to 254, or 255 with data.binarize (0 is background, and 255 is lesion "
+                "unless data.binarize takes another value for it)",
+            )
+            require(
+                self.name != "synthetic" and self.dir is not None,
+                "data.ignore_value",
+                self.ignore_value,
+                "none where masks are drawn or downloaded and hold only 0 and 255; it is for "
+                "files of your own in data.dir",
+            )
 
     @property
     def resolved_stored_size(self) -> int | Literal["native"]:

@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "remat": (False, True),
     "augment": ("none", "flip", "standard"),
+    "ignore_value": (None, 128),
     "killed": ("in an epoch", "after one"),
 }
 Row = dict[str, Any]
@@ -93,32 +94,47 @@ def described(row: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
-def draw_discs(folder: Path) -> None:
-    """Pairs of a bright disc on a dark ground, somewhere in the picture, and its mask."""
+def draw_discs(folder: Path, ignore_value: int | None) -> None:
+    """Pairs of a bright disc on a dark ground, somewhere in the picture, and its mask.
+
+    With an `ignore_value` the mask has that in a column and round its edge.
+    """
     rng = np.random.default_rng(0)
     rows, columns = np.indices((SIDE, SIDE))
     for split, count in {"train": PICTURES, "validation": 9}.items():
         images, masks = {}, {}
         for number in range(count):
             y, x = rng.uniform(4, SIDE - 4, 2)
-            disc = (rows - y) ** 2 + (columns - x) ** 2 < rng.uniform(3, 6) ** 2
+            distance, radius = np.hypot(rows - y, columns - x), rng.uniform(3, 6)
+            disc = distance < radius
+            mask = disc.astype(np.uint8) * 255
+            if ignore_value is not None:
+                mask[:, 3] = mask[np.abs(distance - radius) < 0.5] = ignore_value
             image = rng.integers(0, 60, (SIDE, SIDE, 3)) + 180 * disc[..., np.newaxis]
             images[f"{number:03d}.png"] = encoded(image.astype(np.uint8))
-            masks[f"{number:03d}.png"] = encoded(disc.astype(np.uint8) * 255)
+            masks[f"{number:03d}.png"] = encoded(mask)
         write_files(folder / split / "images", images)
         write_files(folder / split / "masks", masks)
 
 
-def prepared_discs(folder: Path) -> tuple[DataConfig, Prepared]:
-    draw_discs(folder / "discs")
-    config = DataConfig(
-        name="folder",
-        dir=folder / "discs",
-        prepared_dir=folder / "prepared",
-        stored_size=SIDE,
-        image_size=SIDE,
-    )
-    return config, prepare(config, progress=False)
+Discs = dict[int | None, tuple[DataConfig, Prepared]]
+
+
+def prepared_discs(folder: Path) -> Discs:
+    """By what is ignored in masks."""
+    found: Discs = {}
+    for value in OPTIONS["ignore_value"]:
+        draw_discs(folder / f"discs-{value}", value)
+        config = DataConfig(
+            name="folder",
+            dir=folder / f"discs-{value}",
+            prepared_dir=folder / "prepared",
+            stored_size=SIDE,
+            image_size=SIDE,
+            ignore_value=value,
+        )
+        found[value] = config, prepare(config, progress=False)
+    return found
 
 
 def configuration(row: Row, data: DataConfig) -> Config:
@@ -210,8 +226,9 @@ def lines(run: Path) -> list[tuple[int, str, dict[str, float]]]:
     ]
 
 
-def check(row: Row, data_config: DataConfig, data: Prepared, out: Path) -> None:
+def check(row: Row, discs: Discs, out: Path) -> None:
     """The run of `row` learns, and alike under the other strategy though killed there."""
+    data_config, data = discs[row["ignore_value"]]
     config = configuration(row, data_config)
     with on_devices(row["devices"]):
         whole = train(config, data, out / "whole", parallel="pmap", show_progress=False)

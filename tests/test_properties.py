@@ -14,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.config_json import from_dict, to_dict
-from jaxunet.data.images import encode_png, read_image, read_mask, resize_image, resize_mask
+from jaxunet.data.images import encode_png, read_image, resize_image, resize_mask
+from jaxunet.data.masks import read_mask
 from jaxunet.data.reader import BatchReader
 from jaxunet.data.sampler import PADDING, BatchSampler
 from jaxunet.errors import ConfigError

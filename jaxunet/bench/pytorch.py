@@ -73,6 +73,8 @@ def with_form(
     """
     if config.optimizer.name != "adam" or config.train.loss != "bce":
         raise ConfigError("The benchmark against PyTorch has optimizer adam and loss bce only.")
+    if config.data.ignore_value is not None:
+        raise ConfigError("The benchmark against PyTorch has no data.ignore_value.")
     if form == "graphs" and not torch.cuda.is_available():
         return "CUDA graphs are a GPU's"
     try:

@@ -14,12 +14,13 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxunet.config import IGNORED
 from jaxunet.data.images import (
     is_stored_on_its_side,
     read_image,
-    read_mask,
     read_reduced_image,
 )
+from jaxunet.data.masks import read_mask
 from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
 
@@ -38,7 +39,7 @@ class Decoded:
     image: UInt8[np.ndarray, "_ _ 3"]
     """Of the mask's size, or a fraction of it."""
     mask: UInt8[np.ndarray, "height width 1"]
-    """0 or 255."""
+    """0 or 255, or `IGNORED`."""
 
 
 def check_pair(pair: Pair, *, side: int | None = None) -> Decoded | list[str]:
@@ -49,8 +50,8 @@ def check_pair(pair: Pair, *, side: int | None = None) -> Decoded | list[str]:
 
     Checked: both files read (CRC, in a zip) and decode to the end, neither is larger than the
     pair's `max_megapixels`, the mask has a single channel with only 0 and 255 (or is what
-    `read_mask` takes with the pair's `binarize`), and the sizes agree. An EXIF orientation is
-    applied before sizes are compared.
+    `read_mask` takes with the pair's `binarize` and `ignore_value`), some of its pixels count,
+    and the sizes agree. An EXIF orientation is applied before sizes are compared.
     """
     problems: list[str] = []
 
@@ -79,13 +80,25 @@ def check_pair(pair: Pair, *, side: int | None = None) -> Decoded | list[str]:
 
 
 def decode_mask(pair: Pair) -> UInt8[np.ndarray, "height width 1"]:
-    """The pair's mask, 0 or 255, whether to train on or to score by it."""
-    return read_mask(
+    """The pair's mask, 0, 255 or `IGNORED`, whether to train on or to score by it.
+
+    Raises:
+        DataError: it cannot be read (`read_mask`), or none of its pixels counts.
+    """
+    mask = read_mask(
         pair.mask.read(),
         binarize=pair.binarize,
+        ignore_value=pair.ignore_value,
         name=str(pair.mask),
         max_megapixels=pair.max_megapixels,
     )
+    if (mask == IGNORED).all():
+        raise DataError(
+            f"{pair.mask} holds nothing but {pair.ignore_value}, which data.ignore_value says "
+            "does not count, so that nothing can be learnt from it or scored. Take it away, "
+            "and its image."
+        )
+    return mask
 
 
 def sizes_differ(

@@ -1,4 +1,4 @@
-"""Image and mask files to uint8 arrays and back, with Pillow.
+"""Image files to uint8 arrays and back, with Pillow; masks are read by `masks`.
 
 `decoded` is the one door through which a picture of a user's is opened: it knows which kinds
 are decoded, how large a picture may be, and what is wrong with a file that is refused.
@@ -114,58 +114,6 @@ def _rgb(image: Image.Image, label: str) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_mask(
-    source: bytes | Path,
-    *,
-    binarize: bool = False,
-    name: str | None = None,
-    max_megapixels: int = MAX_MEGAPIXELS,
-) -> UInt8[np.ndarray, "height width 1"]:
-    """Decode a mask file to uint8, `[height, width, 1]`, lesion 255 and background 0.
-
-    A mask has one channel of 8 or 16 bits (or a palette of greys) that holds 0 and 255 alone.
-    With `binarize` it may be saved in colour too, if all channels are equal and nothing is
-    transparent, and may hold any values:
-
-    - one value beside 0: it is the lesion, whatever it is;
-    - several: they are greys, of a soft mask or a compressed one, and cut at half of the
-      range of their type. Lesion is above 127 of 8 bits and above 32,767 of 16 bits.
-
-    Args:
-        source: the file, or its contents.
-        binarize: take such masks.
-        name: what errors call the mask when `source` is bytes.
-        max_megapixels: a larger mask is refused.
-
-    Raises:
-        DataError: the file is no readable image (as for `read_image`), is none of these
-            masks, or holds several values below 16, which are numbers of classes and not
-            greys. The message says so where `binarize` would take it.
-    """
-    with decoded(source, name, max_megapixels=max_megapixels) as (image, label, _):
-        image = _one_channel(image, label, binarize)
-        values = _values(image)
-        pixels = np.array(image)[:, :, np.newaxis]
-        if set(values) <= {0, 255}:
-            return pixels.astype(np.uint8)
-        found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
-        wrong = f"{label} holds the values {found}, but a mask holds only 0 and 255."
-        beside_zero = [value for value in values if value]
-        half = 127 if image.mode == "L" else 32_767
-        if len(beside_zero) == 1:
-            rule, lesion_above = f"{beside_zero[0]} as lesion", 0
-        elif beside_zero[-1] < 16:
-            raise DataError(
-                f"{wrong} These are the numbers of several classes, and which of them is the "
-                "lesion cannot be told: save it with 255 where the lesion is."
-            )
-        else:
-            rule, lesion_above = f"values above {half:,} as lesion", half
-        if not binarize:
-            raise DataError(f"{wrong} Pass --data.binarize to take {rule}.")
-        return np.where(pixels > lesion_above, 255, 0).astype(np.uint8)
-
-
 def resize_image(
     image: UInt8[np.ndarray, "h w 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
@@ -266,52 +214,7 @@ def _unknown(source: bytes | Path) -> str:
     return f"is {kind}, which is not read here. {ADVICE.get(kind, SAVE_IT)}"
 
 
-def _one_channel(image: Image.Image, label: str, binarize: bool) -> Image.Image:
-    """A mask as greyscale of 8 or 16 bits.
-
-    Raises:
-        DataError: it has colours, or is saved in colour and `binarize` is not set.
-    """
-    if image.mode == "L" or image.mode.startswith("I;16"):
-        return image
-    if image.mode == "1":
-        return image.convert("L")
-    wrong = f"{label} has pixels of type {image.mode!r}"
-    if image.mode not in ("P", "PA", "LA", "RGB", "RGBA"):
-        raise DataError(
-            f"{wrong}, but a mask is a single channel of 8 bits. Save it as greyscale."
-        )
-    *colours, alpha = image.convert("RGBA").split()
-    if image.mode == "P":
-        wrong = f"{label} has a palette"
-    elif image.mode in ("PA", "LA", "RGBA") and alpha.getextrema() != (255, 255):
-        raise DataError(
-            f"{wrong} and is transparent in parts, so that what is lesion cannot be told. Save "
-            "it as greyscale, without transparency."
-        )
-    first = colours[0].tobytes()
-    if any(colour.tobytes() != first for colour in colours[1:]):
-        raise DataError(
-            f"{wrong} and colours that differ, but a mask is a single channel with only 0 and "
-            "255. Save it as greyscale."
-        )
-    if image.mode != "P" and not binarize:
-        raise DataError(
-            f"{wrong} ({len(image.getbands())} channels), but a mask is a single channel of 8 "
-            "bits. Its channels are equal: pass --data.binarize to take it."
-        )
-    return colours[0]
-
-
 def _eight_bits(image: Image.Image) -> np.ndarray:
     """A 16-bit single-channel image scaled to uint8, 65535 to 255."""
     values = np.array(image).astype(np.uint32)
     return ((values + 128) // 257).astype(np.uint8)
-
-
-def _values(image: Image.Image) -> list[int]:
-    """Distinct values of a single-channel image, in order."""
-    if image.mode == "L":
-        # A histogram is linear in the pixels; np.unique would sort millions of them.
-        return [value for value, count in enumerate(image.histogram()) if count]
-    return [int(value) for value in np.unique(np.array(image))]

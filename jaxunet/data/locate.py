@@ -10,7 +10,7 @@ def locate(config: DataConfig) -> tuple[SourcePairs, str]:
     """The source files in `data.dir`, and the fingerprint of what is prepared from them.
 
     The fingerprint is the same wherever the files lie, zipped or not, and changes with their
-    contents, their splits and `data.binarize`.
+    contents, their splits, `data.binarize` and `data.ignore_value`.
 
     Raises:
         SourceGone: nothing of the dataset is there.
@@ -22,4 +22,5 @@ def locate(config: DataConfig) -> tuple[SourcePairs, str]:
         source = isic2018.find(root) if config.name == "isic2018" else folder.find(root, config)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    return source.read_as(config), source.fingerprint(config.binarize)
+    ignores = () if config.ignore_value is None else ("ignore_value", config.ignore_value)
+    return source.read_as(config), source.fingerprint(config.binarize, *ignores)

@@ -103,6 +103,7 @@ def prepare(
         official_counts=dict(recipe.official_counts),
         needs=recipe.needs,
         max_megapixels=config.max_megapixels,
+        ignores=config.ignore_value is not None,
     )
 
 

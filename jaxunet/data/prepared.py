@@ -36,6 +36,8 @@ class Prepared:
     """For each split that this dataset can have, the files that it is made from."""
     max_megapixels: int = MAX_MEGAPIXELS
     """Largest image that is decoded."""
+    ignores: bool = False
+    """Whether masks hold `IGNORED` where a pixel doesn't count."""
 
     def source(self, split: str) -> Records:
         """Random access to a split or a TFDS slice of one, such as `train[:90%]`.
@@ -47,7 +49,7 @@ class Prepared:
         """
         files = self._split(split).file_instructions
         name = f"{self.name}/{self.stored_size}-{self.fingerprint}/{split}"
-        return Records(name, files, self.stored_size, self.max_megapixels)
+        return Records(name, files, self.stored_size, self.max_megapixels, self.ignores)
 
     def count(self, split: str) -> int:
         """Number of examples of a split or slice."""

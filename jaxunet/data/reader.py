@@ -8,13 +8,18 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
+from jaxunet.config import IGNORED
 from jaxunet.data.images import resize_image, resize_mask
 from jaxunet.data.sampler import PADDING, BatchSampler
+from jaxunet.errors import DataError
 
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Examples at random: `[i]` gives `image` and `mask`, uint8 [height, width, 3 and 1]."""
+    """Examples at random: `[i]` gives `image` and `mask`, uint8 [height, width, 3 and 1].
+
+    A mask holds 0, 255 for lesion, and `IGNORED` where a pixel doesn't count.
+    """
 
     def __len__(self) -> int: ...
 
@@ -36,7 +41,11 @@ class BatchReader:
     image_size: int
 
     def __call__(self, batch: int) -> HostBatch:
-        """`image` [b, s, s, 3], `mask` [b, s, s, 1], `weight` [b]: this process's rows."""
+        """`image` [b, s, s, 3], `mask` [b, s, s, 1], `weight` [b]: this process's rows.
+
+        Raises:
+            DataError: of what a mask has left at this size no pixel counts.
+        """
         indices = self.order.local_indices(int(batch))
         side = self.image_size
         images = np.zeros((len(indices), side, side, 3), np.uint8)
@@ -46,6 +55,13 @@ class BatchReader:
                 example = self.source[int(index)]
                 images[row] = resize_image(example["image"], side, side)
                 masks[row] = resize_mask(example["mask"], side, side)
+                if masks[row, 0, 0, 0] == IGNORED and (masks[row] == IGNORED).all():
+                    raise DataError(
+                        f"Of the mask of {example.get('id', f'example {index}')} no pixel that "
+                        f"counts is left at {side} x {side}: nothing can be learnt from it or "
+                        "scored. Take the image away, or raise data.image_size and "
+                        "data.stored_size."
+                    )
         weight = (indices != PADDING).astype(np.uint8)
         return {"image": images, "mask": masks, "weight": weight}
 

@@ -11,9 +11,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxtyping import UInt8
 
-from jaxunet.config import MAX_MEGAPIXELS
+from jaxunet.config import IGNORED, MAX_MEGAPIXELS
 from jaxunet.data.builder import features, reading
-from jaxunet.data.images import read_image, read_mask
+from jaxunet.data.images import read_image
+from jaxunet.data.masks import read_mask
 
 
 class Example(TypedDict):
@@ -22,7 +23,7 @@ class Example(TypedDict):
     id: str
     image: UInt8[np.ndarray, "height width 3"]
     mask: UInt8[np.ndarray, "height width 1"]
-    """0 or 255."""
+    """0 or 255, or `IGNORED`."""
 
 
 class Records:
@@ -34,6 +35,7 @@ class Records:
         files: Sequence[Any],
         stored_size: int | Literal["native"],
         max_megapixels: int = MAX_MEGAPIXELS,
+        ignores: bool = False,
     ) -> None:
         """Open the records.
 
@@ -43,9 +45,11 @@ class Records:
             files: TFDS file instructions (file name, records to skip and to take).
             stored_size: of the images, in pixels.
             max_megapixels: an example with a larger image is refused.
+            ignores: whether masks may hold `IGNORED`.
         """
         self.name = name
         self.max_megapixels = max_megapixels
+        self.ignore_value = IGNORED if ignores else None
         self.stored_size = stored_size
         self._directory = Path(files[0].filename).parent
         self._records = ArrayRecordDataSource(files)
@@ -71,7 +75,10 @@ class Records:
                     stored["image"], name=f"image {key}", max_megapixels=self.max_megapixels
                 ),
                 "mask": read_mask(
-                    stored["mask"], name=f"mask {key}", max_megapixels=self.max_megapixels
+                    stored["mask"],
+                    ignore_value=self.ignore_value,
+                    name=f"mask {key}",
+                    max_megapixels=self.max_megapixels,
                 ),
             }
 

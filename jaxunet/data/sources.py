@@ -28,6 +28,7 @@ class Pair:
     image: SourceFile
     mask: SourceFile
     binarize: bool = False
+    ignore_value: int | None = None
     max_megapixels: int = MAX_MEGAPIXELS
 
     def __str__(self) -> str:
@@ -57,9 +58,10 @@ class SourcePairs:
 
     def read_as(self, config: DataConfig) -> "SourcePairs":
         """The same source, whose pairs are read as `config` says."""
-        binarize, limit = config.binarize, config.max_megapixels
+        names = ("binarize", "ignore_value", "max_megapixels")
+        how = {name: getattr(config, name) for name in names}
         splits = {
-            split: [replace(pair, binarize=binarize, max_megapixels=limit) for pair in pairs]
+            split: [replace(pair, **how) for pair in pairs]
             for split, pairs in self.splits.items()
         }
         return replace(self, splits=splits)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxunet.bars import Bar
-from jaxunet.config import DataConfig
+from jaxunet.config import IGNORED, DataConfig
 from jaxunet.data import isic2018
 from jaxunet.data.check import LISTED, decode_mask, report, sizes_differ
 from jaxunet.data.images import decoded, read_image
@@ -96,7 +96,7 @@ def evaluate_native(
     tolerance: float = TOLERANCE,
     clean: bool = False,
     progress: bool = True,
-) -> tuple[Counts, Float[np.ndarray, "images 2"]]:
+) -> tuple[Counts, Float[np.ndarray, "images 2"] | None]:
     """Predict every pair at its own size, write its mask into `out`, and score it.
 
     True masks are read as `prepare` reads them. The mask of a pair is called after its id, by
@@ -109,7 +109,8 @@ def evaluate_native(
 
     Returns:
         Counts [pairs, 4] and scores of the boundary [pairs, 2] in the order of `pairs`; see
-        `jaxunet.learning.metrics` and `jaxunet.learning.boundary`.
+        `jaxunet.learning.metrics` and `jaxunet.learning.boundary`. The latter are None where
+        pixels are ignored: through them an outline runs that nobody knows.
 
     Raises:
         DataError: a file is damaged, or an image and its mask differ in size.
@@ -121,7 +122,7 @@ def evaluate_native(
             pair.image.read(), name=str(pair.image), max_megapixels=pair.max_megapixels
         )
 
-    def finish(pair: Pair, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def finish(pair: Pair, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         truth = decode_mask(pair)[:, :, 0]
         size, mask_size = (mask.shape[0], mask.shape[1]), (truth.shape[0], truth.shape[1])
         if problem := sizes_differ(pair, pair.image.read, size, mask_size):
@@ -129,6 +130,8 @@ def evaluate_native(
         mask = clean_up(mask) if clean else mask
         write_mask(Path(unfinished), pair.id, mask)
         found, true = mask > LESION_ABOVE, truth > LESION_ABOVE
+        if pair.ignore_value is not None:
+            return count(found, true, truth != IGNORED), None
         return count(found, true), boundary_scores(found, true, tolerance)
 
     scored = []
@@ -151,7 +154,8 @@ def evaluate_native(
         for mask in Path(unfinished).iterdir():
             mask.replace(out / mask.name)
     counts, boundaries = zip(*scored, strict=True)
-    return np.stack(counts), np.stack(boundaries)
+    ignores = any(pair.ignore_value is not None for pair in pairs)
+    return np.stack(counts), None if ignores else np.stack(boundaries)
 
 
 def score_folders(truth: Path, predictions: Path) -> tuple[list[str], Counts]:

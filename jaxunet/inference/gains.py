@@ -13,13 +13,13 @@ from jaxunet.inference.comparison import COMPARED, compare
 from jaxunet.learning import calibration
 from jaxunet.learning.bootstrap import calibration_intervals, mean_intervals
 from jaxunet.learning.clean_up import cleaned
-from jaxunet.learning.metrics import Counts, count, per_image
+from jaxunet.learning.metrics import Counts, per_image
 from jaxunet.learning.views import Views
 from jaxunet.runs.calibration import calibrate, settle
 from jaxunet.runs.checkpoint import Which
 from jaxunet.runs.loading import TrainedModel, load
 from jaxunet.runs.own_data import own_split
-from jaxunet.runs.scoring import Maps, evaluate_split
+from jaxunet.runs.scoring import Maps, evaluate_split, mask_counts
 
 AS_IS = "as is"
 
@@ -49,13 +49,16 @@ class Way:
     def look(self, maps: Maps) -> None:
         """Take in a batch of maps, made without a temperature."""
         truth, probabilities = maps["truth"], maps["probabilities"]
+        counted = maps.get("counted", ...)
         if self.temperature != 1:
             probabilities = expit(maps["logits"] / np.float32(self.temperature))
         masks = probabilities > self.threshold
         masks = cleaned(masks) if self.clean else masks
-        self._counts.append(np.stack([count(*pair) for pair in zip(masks, truth, strict=True)]))
-        self._bins.append(calibration.reliability(probabilities, truth))
-        self._entropy.append(calibration.cross_entropy(maps["logits"], truth, self.temperature))
+        self._counts.append(mask_counts(masks, maps))
+        self._bins.append(calibration.reliability(probabilities, truth, counted))
+        self._entropy.append(
+            calibration.cross_entropy(maps["logits"], truth, self.temperature, counted)
+        )
 
     def against(self, other: "Way") -> dict[str, Any]:
         """All that it scores, and how that differs from `other`, image by image."""

@@ -77,7 +77,7 @@ def check_followed(config: Config) -> None:
     """Raise `ConfigError` unless `train_pytorch` does all that `config` asks for."""
     flips_at_most = config.train.augment in ("none", "flip")
     asked = disagreement(
-        to_dict(replace(Config(), data=config.data)),
+        to_dict(replace(Config(), data=replace(config.data, ignore_value=None))),
         to_dict(config),
         recorded="--against pytorch, which trains the reference design by its own protocol "
         "(BCE, Adam),",

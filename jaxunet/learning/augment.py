@@ -78,14 +78,16 @@ def augment(
     images: Images,
     masks: Masks,
     real: Bool[Array, " batch"],
+    ignores: bool = False,
 ) -> tuple[Images, Masks]:
     """Vary each real example by what its key draws from `ranges`.
 
-    Masks are 0 or 255 after it, or, where all is a flip, as they were. What `ranges` leave
-    out takes no time. Examples that are not real stay as they are.
+    Masks are 0, 255 or `IGNORED` after it, or, where all is a flip, as they were. What
+    `ranges` leave out takes no time. Examples that are not real stay as they are.
 
     Args:
         real: False for padding.
+        ignores: whether masks hold `IGNORED`; see `warp`.
     """
     if ranges in (STRENGTHS["none"], STRENGTHS["flip"]):
         return random_flip(keys, images, masks) if ranges.flip else (images, masks)
@@ -95,7 +97,7 @@ def augment(
     draws = dict(zip(DRAWS, jnp.where(real, drawn.T, 0), strict=True))
     mean = _mean_color(images)  # of the picture as it came: no wait for what is made of it
     if _moves(ranges):
-        images, masks = _moved(ranges, draws, images, masks)
+        images, masks = _moved(ranges, draws, images, masks, ignores)
     return _recolored(ranges, draws, noise_keys, images, mean), masks
 
 
@@ -104,7 +106,9 @@ def _moves(ranges: Ranges) -> bool:
     return r.flip or r.quarter_turns or r.scale != 1 or r.rotation != 0 or r.shift != 0
 
 
-def _moved(ranges: Ranges, draws: Draws, images: Images, masks: Masks) -> tuple[Images, Masks]:
+def _moved(
+    ranges: Ranges, draws: Draws, images: Images, masks: Masks, ignores: bool
+) -> tuple[Images, Masks]:
     quarters = jnp.floor(4 * jnp.abs(draws["quarter_turns"])).astype(jnp.int32) % 4
     matrix = maps(
         flip=jnp.where(draws["flip"] > 0, -1.0, 1.0) if ranges.flip else jnp.ones(len(images)),
@@ -116,7 +120,7 @@ def _moved(ranges: Ranges, draws: Draws, images: Images, masks: Masks) -> tuple[
     shift = ranges.shift * jnp.stack(
         [height * draws["shift_rows"], width * draws["shift_columns"]], -1
     )
-    return warp(images, masks, matrix, shift)
+    return warp(images, masks, matrix, shift, ignores)
 
 
 def _recolored(

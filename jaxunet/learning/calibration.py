@@ -4,6 +4,7 @@ All is computed on the host, in float64, from tables that are added up over imag
 any size takes one pass and little memory.
 """
 
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from jaxunet.learning.metrics import Counts, per_image
 
 Maps = Float[np.ndarray, "images height width"]
 Truth = Bool[np.ndarray, "images height width"]
+Counted = Bool[np.ndarray, "images height width"] | EllipsisType
+"""Which pixels count; an ellipsis is all."""
 Bins = Float[np.ndarray, "images bins 3"]
 
 BINS = 15  # of equal width, from 0 to 1: as many as torchmetrics and most papers take
@@ -28,7 +31,7 @@ LogitTable = Float[np.ndarray, "2 2 cells"]
 ThresholdTable = Int[np.ndarray, "images levels 2"]
 
 
-def reliability(probabilities: Maps, truth: Truth) -> Bins:
+def reliability(probabilities: Maps, truth: Truth, counted: Counted = ...) -> Bins:
     """Pixels of each image by predicted probability, in `BINS` bins of equal width.
 
     A bin holds its lower edge, the last one 1 too.
@@ -40,9 +43,10 @@ def reliability(probabilities: Maps, truth: Truth) -> Bins:
     images = len(probabilities)
     cell = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
     cell += BINS * np.arange(images)[:, None, None]
+    cell = cell[counted].ravel()
     sums = [
-        np.bincount(cell.ravel(), weights, minlength=images * BINS)
-        for weights in (None, probabilities.ravel(), truth.ravel())
+        np.bincount(cell, weights, minlength=images * BINS)
+        for weights in (None, probabilities[counted].ravel(), truth[counted].ravel())
     ]
     return np.stack(sums, axis=-1).reshape(images, BINS, 3).astype(np.float64)
 
@@ -59,22 +63,23 @@ def calibration_error(bins: Float[np.ndarray, "... bins 3"]) -> Float[np.ndarray
 
 
 def cross_entropy(
-    logits: Maps, truth: Truth, temperature: float = 1
+    logits: Maps, truth: Truth, temperature: float = 1, counted: Counted = ...
 ) -> Float[np.ndarray, " images"]:
     """Binary cross-entropy of each image, mean over pixels, with logits over `temperature`."""
     wrong = np.where(truth, -logits.astype(np.float64), logits) / temperature
-    return np.logaddexp(0, wrong).mean(axis=(1, 2))
+    where = True if isinstance(counted, EllipsisType) else counted
+    return np.logaddexp(0, wrong).mean(axis=(1, 2), where=where)
 
 
-def count_logits(logits: Maps, truth: Truth) -> LogitTable:
+def count_logits(logits: Maps, truth: Truth, counted: Counted = ...) -> LogitTable:
     """How many pixels have which logit; tables of several batches are added.
 
     Returns:
         [not lesion or lesion, number of pixels or sum of logits, cell]. Cells are 1/64 wide.
     """
-    values = logits.ravel().astype(np.float64)
+    values = logits[counted].ravel().astype(np.float64)
     cell = np.clip((values + _END) / _WIDTH, 0, _CELLS - 1).astype(np.int64)
-    cell += _CELLS * truth.ravel()
+    cell += _CELLS * truth[counted].ravel()
     sums = [np.bincount(cell, w, minlength=2 * _CELLS) for w in (None, values)]
     return np.stack(sums).reshape(2, 2, _CELLS).swapaxes(0, 1).astype(np.float64)
 
@@ -104,12 +109,15 @@ def fit_temperature(table: LogitTable) -> float:
     return 1 / brentq(slope, 1 / hottest, 1 / coldest, xtol=1e-12)
 
 
-def count_thresholds(probabilities: Maps, truth: Truth) -> ThresholdTable:
+def count_thresholds(
+    probabilities: Maps, truth: Truth, counted: Counted = ...
+) -> ThresholdTable:
     """How many pixels of each image exceed so many of `THRESHOLDS`: not lesion, and lesion."""
     images, levels = len(probabilities), len(THRESHOLDS) + 1
     exceeded = np.searchsorted(THRESHOLDS.astype(np.float32), probabilities)
     cell = 2 * (exceeded + levels * np.arange(images)[:, None, None]) + truth
-    return np.bincount(cell.ravel(), minlength=2 * images * levels).reshape(images, levels, 2)
+    found = np.bincount(cell[counted].ravel(), minlength=2 * images * levels)
+    return found.reshape(images, levels, 2)
 
 
 def counts_by_threshold(table: ThresholdTable) -> Int[np.ndarray, "thresholds images 4"]:

@@ -8,6 +8,8 @@ Where a ratio is undefined it is 1, as in the challenge's own scorer
 sensitivity of an empty truth, specificity of a full one.
 """
 
+from types import EllipsisType
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -22,22 +24,30 @@ Counts = Int[np.ndarray, "images 4"]
 def confusion_counts(
     prediction: Bool[Array, "batch height width 1"],
     truth: Bool[Array, "batch height width 1"],
+    counted: Bool[Array, "batch height width 1"] | None = None,
 ) -> Int[Array, "batch 4"]:
-    """True positives, false positives, false negatives, true negatives of each image: int32."""
+    """True positives, false positives, false negatives, true negatives of each image: int32.
+
+    Of the pixels that `counted` marks; none: of all.
+    """
     pairs = (
         prediction & truth,
         prediction & ~truth,
         ~prediction & truth,
         ~prediction & ~truth,
     )
-    return jnp.stack([jnp.sum(p, (1, 2, 3), dtype=jnp.int32) for p in pairs], axis=-1)
+    return jnp.stack(
+        [jnp.sum(p, (1, 2, 3), dtype=jnp.int32, where=counted) for p in pairs], axis=-1
+    )
 
 
 def count(
-    prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
+    prediction: Bool[np.ndarray, "height width"],
+    truth: Bool[np.ndarray, "height width"],
+    counted: Bool[np.ndarray, "height width"] | EllipsisType = ...,
 ) -> Int[np.ndarray, " 4"]:
-    """`confusion_counts` of one image, on the host: int64."""
-    both = np.bincount((2 * truth + prediction).ravel(), minlength=4)
+    """`confusion_counts` of one image, on the host: int64; an ellipsis is all pixels."""
+    both = np.bincount((2 * truth + prediction)[counted].ravel(), minlength=4)
     return both[[3, 1, 2, 0]]
 
 

@@ -4,7 +4,7 @@ Each is written for one shard of the global batch, on the named axis `AXIS`;
 `jaxunet.devices.strategies` spreads it over devices. A batch is a dictionary of uint8 arrays:
 
     image  [batch, height, width, 3]
-    mask   [batch, height, width, 1]   lesion where above 0
+    mask   [batch, height, width, 1]   lesion where above 0, or `IGNORED`: see `Recipe`
     weight [batch]                     1, or 0 for padding
 """
 
@@ -22,9 +22,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from jaxunet.augmentation_config import STRENGTHS, Ranges
 from jaxunet.config import Config, ModelConfig, OptimizerConfig
 from jaxunet.learning.augment import Images, Masks, augment, example_keys, normalize, seed_key
+from jaxunet.learning.ignoring import counted_examples, counted_pixels
 from jaxunet.learning.losses import LOSSES, LossFn, lesion_logits
 from jaxunet.learning.metrics import confusion_counts
 from jaxunet.learning.optim import make_optimizer, update_ema
+from jaxunet.learning.parts import sum_over_parts
 from jaxunet.learning.views import Views, logits_at_input_size, mean_logits
 from jaxunet.model.resizing import center_crop
 from jaxunet.model.unet import UNet, make_unet
@@ -70,6 +72,8 @@ class Recipe:
     seed: int
     ema_decay: float | None
     threshold: float
+    ignores: bool = False
+    """Whether masks may hold `IGNORED`, where nothing is learnt and nothing scored."""
     views: Views = "none"
     """In which views evaluation and prediction see a picture."""
     others: tuple[UNet, ...] = ()
@@ -99,6 +103,7 @@ def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
         config.parts_per_step,
         total_steps,
         round(config.optimizer.freeze_epochs * (total_steps or 0) / train.epochs),
+        config.data.ignore_value is not None,
     )
 
 
@@ -115,6 +120,7 @@ def _make_recipe(
     microbatches: int,
     total_steps: int | None,
     freeze_steps: int,
+    ignores: bool,
 ) -> Recipe:
     return Recipe(
         model=make_unet(model, AXIS),
@@ -125,6 +131,7 @@ def _make_recipe(
         seed=seed,
         ema_decay=optimizer.ema_decay,
         threshold=threshold,
+        ignores=ignores,
     )
 
 
@@ -160,7 +167,7 @@ def varied(recipe: Recipe, step: Int[Array, ""], batch: Batch) -> tuple[Images, 
         return images, masks
     places = jax.lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
     keys = example_keys(seed_key(recipe.seed), step, places)
-    return augment(recipe.augment, keys, images, masks, batch["weight"] > 0)
+    return augment(recipe.augment, keys, images, masks, batch["weight"] > 0, recipe.ignores)
 
 
 def train_step(
@@ -171,11 +178,12 @@ def train_step(
     The loss is the mean over the real examples of the *global* batch, which may be computed
     in parts (`recipe.microbatches`): loss and gradient are those of the whole, and batch
     norm takes its statistics from each part. Random numbers follow seed, step and the
-    example's place in the global batch.
+    example's place in the global batch. An example none of whose pixels counts is in no mean
+    (but batch norm sees it).
 
     Returns:
-        The new state, and `loss`, `grad_norm` and `examples` (the sum of weights), all the
-        same on every device.
+        The new state, and `loss`, `grad_norm` and `examples` (how many the means are of), all
+        the same on every device.
     """
     images, masks, weight = *varied(recipe, state.step, batch), batch["weight"] > 0
 
@@ -190,17 +198,19 @@ def train_step(
             mutable=["batch_stats"],
         )
         truth = center_crop((masks > 0).astype(jnp.float32), *logits.shape[1:3])
-        losses = recipe.loss(lesion_logits(logits), truth)
+        counted = counted_pixels(recipe.ignores, masks, logits)
+        losses = recipe.loss(lesion_logits(logits), truth, counted=counted)
         return jnp.sum(losses, where=weight), changed["batch_stats"]
 
-    loss, grads, batch_stats = _sum_over_parts(
+    loss, grads, batch_stats = sum_over_parts(
         jax.value_and_grad(summed_loss, has_aux=True),
         state.params,
         state.batch_stats,
         (images, masks, weight),
         recipe.microbatches,
     )
-    loss, grads, examples = jax.lax.psum((loss, grads, jnp.sum(weight)), AXIS)
+    counted = jnp.sum(counted_examples(recipe.ignores, masks, weight))
+    loss, grads, examples = jax.lax.psum((loss, grads, counted), AXIS)
     mean = 1 / jnp.maximum(examples, 1).astype(jnp.float32)
     loss, grads = loss * mean, jax.tree.map(lambda g: g * mean, grads)
 
@@ -233,33 +243,6 @@ def train_step(
     return new_state, metrics
 
 
-def _sum_over_parts(
-    gradient: Any, params: Any, batch_stats: Any, rows: tuple[Array, ...], parts: int
-) -> tuple[Float[Array, ""], Any, Any]:
-    """Loss and gradients summed over `parts` microbatches, and the last batch statistics.
-
-    Part m holds the rows m, m + parts, m + 2 parts, ... of the shard, which are those of the
-    global batch whose place leaves the remainder m: the same however many devices there are.
-    An epoch's padding is spread over the parts.
-    """
-    if parts == 1:
-        (loss, batch_stats), grads = gradient(params, batch_stats, *rows)
-        return loss, grads, batch_stats
-
-    def add(carry: Any, part: tuple[Array, ...]) -> tuple[Any, None]:
-        total, batch_stats = carry
-        (loss, batch_stats), grads = gradient(params, batch_stats, *part)
-        return (jax.tree.map(jnp.add, total, (loss, grads)), batch_stats), None
-
-    def split(x: Array) -> Array:
-        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    summed, _ = jax.lax.scan(add, (nothing, batch_stats), jax.tree.map(split, rows))
-    (loss, grads), batch_stats = summed
-    return loss, grads, batch_stats
-
-
 def eval_step(recipe: Recipe, variables: AllVariables, batch: Batch) -> dict[str, Array]:
     """Per-example results of one global batch, gathered on every device.
 
@@ -276,10 +259,12 @@ def maps_step(recipe: Recipe, variables: AllVariables, batch: Batch) -> dict[str
 
     Returns:
         What `eval_step` does, and [global batch, height, width] each: `logits` and
-        `probabilities` float32, and `truth` bool.
+        `probabilities` float32, `truth` bool, and with `Recipe.ignores` `counted` bool.
     """
     results, logits, truth = _scored(recipe, variables, batch)
     maps = {"logits": logits, "probabilities": jax.nn.sigmoid(logits), "truth": truth}
+    if (counted := counted_pixels(recipe.ignores, batch["mask"], logits)) is not None:
+        maps["counted"] = counted
     results |= {name: each[..., 0] for name, each in maps.items()}
     return jax.lax.all_gather(results, AXIS, tiled=True)
 
@@ -289,10 +274,14 @@ def _scored(
 ) -> tuple[dict[str, Array], Float[Array, "..."], Bool[Array, "..."]]:
     """Counts and loss of each example of the shard, its logits and its true mask."""
     logits, truth = _logits(recipe, variables, batch["image"]), batch["mask"] > 0
+    counted = counted_pixels(recipe.ignores, batch["mask"], logits)
     results = {
-        "counts": confusion_counts(jax.nn.sigmoid(logits) > recipe.threshold, truth),
-        "loss": recipe.loss(logits, truth.astype(jnp.float32)),
+        "counts": confusion_counts(jax.nn.sigmoid(logits) > recipe.threshold, truth, counted),
+        "loss": recipe.loss(logits, truth.astype(jnp.float32), counted=counted),
     }
+    if counted is not None:  # weights that overflow are to be seen wherever they do
+        finite = jnp.isfinite(logits).all((1, 2, 3))
+        results["loss"] = jnp.where(finite, results["loss"], jnp.nan)
     return results, logits, truth
 
 

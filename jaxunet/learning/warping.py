@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
+from jaxunet.config import IGNORED
+
 Images = UInt8[Array, "batch height width 3"]
 Masks = UInt8[Array, "batch height width 1"]
 Maps = Float[Array, "batch 2 2"]
@@ -38,7 +40,9 @@ def maps(
     return both * jnp.stack([jnp.ones_like(flip), flip], -1)[:, None]
 
 
-def warp(images: Images, masks: Masks, matrix: Maps, shift: Vectors) -> tuple[Images, Masks]:
+def warp(
+    images: Images, masks: Masks, matrix: Maps, shift: Vectors, ignores: bool = False
+) -> tuple[Images, Masks]:
     """Images and masks whose pixel at p, from the middle, is the one at `matrix @ p + shift`.
 
     Between four pixels by bilinear interpolation, mirrored at the border (`d c b a | a b c d`).
@@ -47,6 +51,9 @@ def warp(images: Images, masks: Masks, matrix: Maps, shift: Vectors) -> tuple[Im
     Args:
         masks: lesion where above 0.
         shift: in pixels, rows and columns.
+        ignores: whether masks hold `IGNORED`. A pixel that takes from one that does not count
+            does not count either: no truth is made of what has none. (From a share of 1/510
+            on; less is the rounding of places, and changes no 8-bit value.)
     """
     count, height, width = images.shape[:3]
     rows, columns = (jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2 for n in (height, width))
@@ -63,17 +70,31 @@ def warp(images: Images, masks: Masks, matrix: Maps, shift: Vectors) -> tuple[Im
     (row, down), (column, right) = source(0, height), source(1, width)
     first = jnp.arange(count)[:, None, None] * (height * width) + row * width + column
     # A pixel's four values as one word: a fourth of what is gathered, which takes the time.
-    words = _words(*jnp.unstack(images, axis=-1), jnp.where(masks[..., 0] > 0, 255, 0))
+    colours = jnp.unstack(images, axis=-1)
+    truth = masks[..., 0] if ignores else jnp.where(masks[..., 0] > 0, 255, 0)
+    words = _words(*colours, truth)
     words = words.reshape(-1)
     corners = [words.at[first + step].get(mode="clip") for step in (0, 1, width, width + 1)]
 
-    def between(channel: int) -> Array:
-        a, b, c, d = (_channel(each, channel).astype(jnp.float32) for each in corners)
+    def between(channel: int, value: int | None = None) -> Array:
+        """A channel, or how much of it is `value`, of 255."""
+
+        def part(words: Array) -> Array:
+            found = _channel(words, channel)
+            found = found if value is None else jnp.where(found == value, 255, 0)
+            return found.astype(jnp.float32)
+
+        a, b, c, d = map(part, corners)
         above, below = a + (b - a) * right, c + (d - c) * right
         return above + (below - above) * down
 
-    *colours, lesion = (between(channel) for channel in range(4))
-    found = _words(*map(jnp.round, colours), jnp.where(lesion > 127.5, 255, 0))
+    varied = [between(channel) for channel in range(3)]
+    lesion = between(3, 255 if ignores else None)
+    varied = list(map(jnp.round, varied))
+    truth = jnp.where(lesion > 127.5, 255, 0)
+    if ignores:
+        truth = jnp.where(between(3, IGNORED) >= 0.5, IGNORED, truth)
+    found = _words(*varied, truth)
     # Without a barrier XLA would gather anew for each use of a value.
     values = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(found), jnp.uint8)
     return values[..., :3], values[..., 3:]

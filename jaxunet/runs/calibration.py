@@ -179,8 +179,9 @@ def _fit(
 
     def look(maps: Maps) -> None:
         nonlocal logits
-        tables.append(calibration.count_thresholds(maps["probabilities"], maps["truth"]))
-        found = calibration.count_logits(maps["logits"], maps["truth"])
+        truth, counted = maps["truth"], maps.get("counted", ...)
+        tables.append(calibration.count_thresholds(maps["probabilities"], truth, counted))
+        found = calibration.count_logits(maps["logits"], truth, counted)
         logits = logits + found if logits.size else found
 
     evaluation = evaluate_split(

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 
+from jaxunet.config import IGNORED
 from jaxunet.runs.canvas import (
     BLACK,
     BLUE,
@@ -228,7 +229,8 @@ def predictions(rows: list[PredictionRow], path: Path, title: str) -> None:
         axes.set_title(heading, fontsize=11)
     for line, row in zip(grid, rows, strict=True):
         line[0].imshow(row.image)
-        line[1].imshow(row.truth > 0, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        truth = np.where(row.truth == IGNORED, 0.5, row.truth > 0)  # grey: does not count
+        line[1].imshow(truth, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[2].imshow(row.prediction > 0, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         outlined(line[3], row)
         line[0].set_ylabel(
@@ -306,8 +308,9 @@ def _plot(axes: Axes, x: Any, y: Any, colour: str, label: str) -> None:
 
 def _contour(axes: Axes, mask: np.ndarray, colour: str, width: float) -> None:
     """The mask's outline, closed where it touches the border; none for an empty mask."""
-    if mask.any():
-        framed = np.pad((mask > 0).astype(np.float32), 1)
+    lesion = (mask > 0) & (mask != IGNORED)
+    if lesion.any():
+        framed = np.pad(lesion.astype(np.float32), 1)
         rows, columns = (np.arange(-1, side + 1) for side in mask.shape)
         drawn = axes.contour(
             columns, rows, framed, [0.5], colors=colour, linewidths=width, zorder=3

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from jaxtyping import Bool
 
 from jaxunet.config import DataConfig
 from jaxunet.data.prepared import Prepared
@@ -37,13 +39,15 @@ def evaluate_split(
     """Score a model on a split, or a slice of one, of a prepared dataset.
 
     Args:
-        config: how the data are read.
+        config: how the data are read; pixels are left out where it has an `ignore_value`,
+            whatever the model was trained with.
         clean: score masks as `jaxunet.learning.clean_up` leaves them.
         look: called with the maps of each batch, in the dataset's order, where they are
             finite.
     """
     feed = Feed(strategy, data.source(split), config, progress=show_progress, fill=False)
-    step = feed.compile(partial(maps_step, model.recipe), outputs="replicated")
+    recipe = replace(model.recipe, ignores=config.ignore_value is not None)
+    step = feed.compile(partial(maps_step, recipe), outputs="replicated")
     variables = strategy.replicate(model.variables)
     batch_size = tuning.eval_batch_size(model.config.train)
     check_divisible("train.eval_batch_size", batch_size, len(strategy.devices))
@@ -52,7 +56,7 @@ def evaluate_split(
     )
     feed.fill()  # meanwhile
     compilation.finish()
-    start, threshold = time.perf_counter(), model.recipe.threshold
+    start, threshold = time.perf_counter(), recipe.threshold
     losses, counts, bins = [], [], []
     for maps in results(feed, step, variables, model.config, progress=show_progress):
         losses.append({"loss": maps["loss"]})
@@ -62,7 +66,7 @@ def evaluate_split(
         else:
             look(maps)
         counts.append(pixel_counts(maps, threshold) if clean else maps["counts"])
-        bins.append(reliability(maps["probabilities"], maps["truth"]))
+        bins.append(reliability(maps["probabilities"], maps["truth"], maps.get("counted", ...)))
     return Evaluation(
         np.concatenate(counts).astype(np.int64),
         mean_loss(losses),
@@ -73,5 +77,10 @@ def evaluate_split(
 
 def pixel_counts(maps: Maps, threshold: float) -> Counts:
     """The counts of each image's mask, cleaned up."""
-    masks = cleaned(maps["probabilities"] > threshold)
-    return np.stack([count(*pair) for pair in zip(masks, maps["truth"], strict=True)])
+    return mask_counts(cleaned(maps["probabilities"] > threshold), maps)
+
+
+def mask_counts(masks: Bool[np.ndarray, "images height width"], maps: Maps) -> Counts:
+    """The counts of each mask against the truth of `maps`, of the pixels that count."""
+    rows = zip(masks, maps["truth"], maps.get("counted", [...] * len(masks)), strict=True)
+    return np.stack([count(*row) for row in rows])

@@ -14,7 +14,8 @@ from PIL import Image
 from rows_pictures import saved, turned
 from small_data import encoded, half_mask, picture
 
-from jaxunet.data.images import read_image, read_mask
+from jaxunet.data.images import read_image
+from jaxunet.data.masks import read_mask
 from jaxunet.errors import DataError, RunError
 from jaxunet.inference.challenge import read_truth
 from jaxunet.runs import loading as trained

@@ -11,11 +11,11 @@ from jaxunet.config import MAX_MEGAPIXELS
 from jaxunet.data.images import (
     encode_png,
     read_image,
-    read_mask,
     read_reduced_image,
     resize_image,
     resize_mask,
 )
+from jaxunet.data.masks import read_mask
 from jaxunet.errors import DataError
 
 

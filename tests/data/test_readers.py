@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from jaxunet.config import DataConfig
-from jaxunet.data.images import read_image, read_mask
+from jaxunet.data.images import read_image
+from jaxunet.data.masks import read_mask
 from jaxunet.data.pipeline import make_batches
 from jaxunet.data.sampler import BatchSampler
 

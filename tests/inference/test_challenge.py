@@ -243,6 +243,27 @@ def test_native_scoring_takes_the_masks_that_preparing_takes(tmp_path, masks, bi
     }
 
 
+def test_native_scoring_leaves_out_pixels_that_do_not_count_and_boundaries(tmp_path):
+    def rimmed(mask):
+        values = np.array(mask)
+        values[:, :3] = 77
+        return Image.fromarray(values)
+
+    config = replace(own_pairs(tmp_path, masks=rimmed), ignore_value=77)
+    pairs, dataset = originals(config, "train")
+    assert dataset["fingerprint"] == prepare(config, progress=False).fingerprint
+    settings = {"image_size": 24, "threshold": 0.5, "batch_size": 2}
+    counts, boundary = evaluate_native(bright, pairs, tmp_path / "out", **settings)
+    assert boundary is None
+    for pair, found in zip(pairs, counts, strict=True):
+        with Image.open(tmp_path / "out" / f"{pair.id}_segmentation.png") as mask:
+            p = np.array(mask)[:, 3:] > 0
+        with Image.open(config.dir / "masks" / f"{pair.id}.png") as mask:
+            y = np.array(mask)[:, 3:] == 255
+        by_hand = [p & y, p & ~y, ~p & y, ~p & ~y]
+        assert found.tolist() == [each.sum() for each in by_hand]
+
+
 def test_native_scoring_has_the_limits_of_preparing(tmp_path):
     """An EPS, whatever it is called, would have Pillow start another program."""
     config = own_pairs(tmp_path, masks=lambda mask: mask)

@@ -123,6 +123,13 @@ def test_more_than_flips_has_no_side_of_pytorchs(augment):
         check_followed(config)
 
 
+def test_pixels_that_do_not_count_have_no_side_of_pytorchs():
+    data = DataConfig(name="folder", dir=Path("own"))
+    check_followed(Config(data=data))
+    with pytest.raises(ConfigError, match=r"data\.ignore_value: None -> 9"):
+        check_followed(Config(data=replace(data, ignore_value=9)))
+
+
 def test_what_can_not_succeed_is_said_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
     reproduce = importlib.import_module("reproduce")

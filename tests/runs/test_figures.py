@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from jaxunet.config import Config, DataConfig, TrainConfig
+from jaxunet.config import IGNORED, Config, DataConfig, TrainConfig
 from jaxunet.runs import figures
 from jaxunet.runs.canvas import BLUE, GREEN, SKY, VERMILLION, YELLOW
 from jaxunet.runs.reporting import write_figures
@@ -146,6 +146,19 @@ def test_predictions_show_both_outlines_in_the_overlay_only(tmp_path):
     prediction = np.flatnonzero(places(table, figures.PREDICTION).any(axis=0))
     assert truth.min() > 0.75 * picture.shape[1]
     assert truth.max() < prediction.min()
+
+
+def test_pixels_that_do_not_count_are_grey_in_the_truth_and_have_no_outline(tmp_path):
+    truth = blob(slice(8, 24), slice(8, 24))
+    ignored = np.where(truth > 0, np.uint8(IGNORED), truth)
+    for name, shown in (("lesion", truth), ("ignored", ignored)):
+        path = tmp_path / f"{name}.png"
+        figures.predictions([row(shown, 0 * truth)], path, "Test")
+        picture = pixels(path)
+        table = picture[: int(picture.shape[0] * 0.7)]  # the legend is below
+        grey = (np.abs(table.astype(int) - 127.5) < 1).all(axis=-1)
+        assert (grey.sum() > 1000) == (name == "ignored")
+        assert places(table, figures.TRUTH).any() == (name == "lesion")
 
 
 def test_predictions_grow_by_the_row_and_take_empty_and_full_masks(tmp_path):
