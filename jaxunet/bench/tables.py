@@ -41,6 +41,13 @@ def show(result: dict[str, Any]) -> None:
                     f"[bold]{entry['ratio_to_pytorch']['median']:.3f}",
                     f"{low:.3f} to {high:.3f}",
                 )
+        if theirs := point.get("neighbour_images_per_second"):
+            neighbour = result["neighbour"]
+            row(
+                table,
+                f"train step, {neighbour['name']} on one {neighbour['device']} (published)",
+                _as_measured(theirs, neighbour),
+            )
         for mode, reason in point.get("out_of_memory", {}).items():
             table.add_row(f"{mode} step, jaxunet", "", f"not run: {reason[:40]}")
         for name, found in point.get("augmentation", {}).items():
@@ -65,12 +72,26 @@ def show(result: dict[str, Any]) -> None:
     for point in result["points"]:
         if "layers" in point:
             show_layers(point["layers"])
+    if "neighbour" in result:
+        print(f"{result['neighbour']['name']}: {result['neighbour']['source']}")
+        for each in result["neighbour"]["differs"]:
+            print(f"- {each}")
     for axis, fit in result["fits"].items():
         memory = fit.get("memory_exponent")
         print(
             f"Step time grows with {axis} to the power {fit['step_time_exponent']:.2f}"
             + (f", memory {memory:.2f}" if memory else "")
         )
+
+
+def _as_measured(images_per_second: float, neighbour: dict[str, Any]) -> dict[str, Any]:
+    """A published figure in the form of a measured one; a training step is three passes."""
+    seconds = neighbour["batch_size"] / images_per_second
+    return {
+        "step_seconds": {"median": seconds, "quartiles": [seconds, seconds]},
+        "images_per_second": images_per_second,
+        "flops_per_second": 3e9 * neighbour["gflops_per_image"] * images_per_second,
+    }
 
 
 def show_layers(layers: list[dict[str, Any]]) -> None:

@@ -96,7 +96,7 @@ def test_under_slurm_a_run_is_warned_queued_again_and_ends_as_one_left_alone(
         data="(--data.image-size 16 --data.synthetic-train 37 --data.synthetic-validation 9 "
         f"--data.prepared-dir {tmp_path}/prepared)",
         run=str(run),
-        options="(--model.width 2 --model.depth 2 --model.norm batch --train.epochs 12 "
+        options="(--model.width 2 --model.depth 2 --model.norm batch --train.epochs 6 "
         "--train.batch-size 8 --train.eval-batch-size 8 --train.log-every 1)",
     )
     with socket.socket() as probe:
@@ -131,7 +131,7 @@ def test_under_slurm_a_run_is_warned_queued_again_and_ends_as_one_left_alone(
     before = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert submitted() == 0, said()
     assert (tmp_path / "requeued").read_text() == f"requeue {job}\n"
-    assert 0 < before < 12 * 5
+    assert 0 < before < 6 * 5
 
     config, alone = load_config(run), tmp_path / "alone"
     monkeypatch.setattr(

@@ -2,10 +2,10 @@
 
     PYTHONPATH=tests python tests/runs/make.py
 
-writes `vVERSION.tar.xz`. In it are tiny runs of two epochs, and in `expected.json` of each what
-this version makes of it: the counts on the test split, the probabilities for a picture, and what
-it logs for one epoch more. `test_earlier_versions.py` has every later version do the same. Give
-`CONFIGS` what is new. (`v0.1.tar.gz` was made by version 0.1, commit 4f96876.)
+It writes `vVERSION.tar.xz`: tiny runs of two epochs, and in `expected.json` of each what this
+version makes of it, which are the counts on the test split, the probabilities for a picture,
+and what is logged for one epoch more. `test_earlier_versions.py` has every later version do the
+same. Give `CONFIGS` what is new. (`v0.1.tar.gz` was made by version 0.1, commit 4f96876.)
 """
 
 import json
