@@ -198,6 +198,7 @@ def validator():
 
 
 def test_the_jobset_is_one_by_its_published_schema(documents, validator):
+    assert (LAUNCH / "jobset.yaml").read_text().count("# edit") == 3
     jobset = documents[0]
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert [error.message for error in validator.iter_errors(jobset)] == []
