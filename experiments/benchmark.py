@@ -1,4 +1,8 @@
-"""Step throughput: `python experiments/benchmark.py [--against pytorch]`."""
+"""Step throughput: `python experiments/benchmark.py [nvidia] [--against pytorch]`.
+
+`nvidia` stands for the setting nearest to that of NVIDIA's published U-Net, whose figures for
+an A100 are shown beside.
+"""
 
 import itertools
 import os
@@ -18,6 +22,7 @@ from jaxunet.bench.feeding import make_preparation
 from jaxunet.bench.figures import draw
 from jaxunet.bench.kernels import profile, text
 from jaxunet.bench.measure import fits, measure_augmentation, measure_layers, measure_loops
+from jaxunet.bench.neighbours import NEIGHBOURS, Neighbour
 from jaxunet.bench.products import matmul_rate
 from jaxunet.bench.race import measure_steps
 from jaxunet.bench.rounds import describe, time_rounds
@@ -119,13 +124,39 @@ def settings(arguments: Arguments) -> list[Setting]:
     return found
 
 
-def main() -> None:
+def read_arguments(words: list[str]) -> tuple[Arguments, Neighbour | None]:
+    """The options, and whom they start from if the first of `words` says so.
+
+    Raises:
+        ConfigError: there is no such neighbour.
+    """
+    described = "Measure step throughput. Before the options: nvidia, for the setting nearest "
+    described += "to that of NVIDIA's published U-Net, and its figures beside ours."
+    if not words or words[0].startswith("-"):
+        default = Arguments(
+            data=DataConfig(image_size=128, synthetic_train=64, synthetic_validation=8),
+            model=ModelConfig(width=16),
+            train=TrainConfig(batch_size=4, eval_batch_size=4, augment="none"),
+        )
+        return parse(Arguments, described, default, words), None
+    if words[0] not in NEIGHBOURS:
+        raise ConfigError(
+            f"The benchmark has no preset {words[0]!r}, but {', '.join(NEIGHBOURS)}; all else "
+            "is said by options, as --model.width."
+        )
+    config, neighbour = NEIGHBOURS[words[0]]
     default = Arguments(
-        data=DataConfig(image_size=128, synthetic_train=64, synthetic_validation=8),
-        model=ModelConfig(width=16),
-        train=TrainConfig(batch_size=4, eval_batch_size=4, augment="none"),
+        data=config().data,
+        model=config().model,
+        train=config().train,
+        measure=("train",),
+        sweep=Sweep(dtype=("bfloat16", "float32")),
     )
-    arguments = parse(Arguments, "Measure step throughput.", default)
+    return parse(Arguments, described, default, words[1:]), neighbour
+
+
+def main() -> None:
+    arguments, neighbour = read_arguments(sys.argv[1:])
     tuning.use(arguments)
     if arguments.rounds < 1:
         raise ConfigError(f"--rounds is {arguments.rounds}, but at least 1 must be timed.")
@@ -160,6 +191,8 @@ def main() -> None:
         "cudnn": cudnn_version(),
         **environment(*against),
     }
+    if neighbour is not None:
+        result["neighbour"] = neighbour.record()
     if "preparation" in arguments.measure:
         makers = make_preparation()
         times = time_rounds(makers, arguments.rounds, arguments.seconds)
@@ -176,6 +209,8 @@ def main() -> None:
         print(f"Measuring {number} of {len(points)}: {setting.record()}", flush=True)
         rate = rates[setting.config.model.dtype]["flops_per_second"]
         point: dict[str, Any] = {"setting": setting.record()}
+        if neighbour is not None and (theirs := neighbour.beside(setting.record())):
+            point["neighbour_images_per_second"] = theirs
         result["points"].append(point)
         measure_steps(setting, arguments, rate, point, save)
         if "augmentation" in arguments.measure:

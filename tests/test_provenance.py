@@ -2,28 +2,17 @@
 
 import json
 import re
-import tarfile
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
-from jaxunet.devices.feed import Feed
-from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
-from jaxunet.learning.steps import eval_step
 from jaxunet.provenance import disagreement
-from jaxunet.runs.evaluation import describe_split, evaluate
-from jaxunet.runs.loading import compile_probabilities, load
-from jaxunet.runs.record import load_config, other_data, read_metrics, recorded_fingerprint
+from jaxunet.runs.evaluation import describe_split
+from jaxunet.runs.record import other_data, read_metrics, recorded_fingerprint
 from jaxunet.runs.training import train
-
-RUNS = Path(__file__).parent / "runs" / "v0.1.tar.gz"
 
 
 def differing(record, found, **options):
@@ -134,46 +123,3 @@ def test_data_of_another_fingerprint_are_known_when_a_run_is_scored(config, data
     assert f"{run}, which was trained on synthetic, does not fit" in said
     assert f"folder from {tmp_path}" in said
     assert data.fingerprint in said
-
-
-@pytest.fixture(scope="module", params=["plain", "averaged"])
-def old_run(request, tmp_path_factory):
-    """A run that version 0.1 made, and what it made of it."""
-    folder = tmp_path_factory.mktemp("old")
-    with tarfile.open(RUNS) as archive:
-        archive.extractall(folder, filter="data")
-    run = folder / request.param
-    data = replace(load_config(run).data, prepared_dir=folder / "prepared")
-    return run, data, json.loads((run / "expected.json").read_text())
-
-
-def test_a_run_of_an_earlier_version_is_scored_and_predicts_as_it_did(old_run):
-    run, data, expected = old_run
-    model = load(run)
-    strategy, prepared = make_strategy("pmap"), prepare(data, progress=False)
-    assert other_data(run, describe_split(prepared, "test", 16), data) is None
-    feed = Feed(strategy, prepared.source("test"), data, progress=False)
-    compiled = feed.compile(partial(eval_step, model.recipe), outputs="replicated")
-    variables = strategy.replicate(model.variables)
-    found = evaluate(feed, compiled, variables, model.config, progress=False)
-    np.testing.assert_allclose(found.counts, expected["test_counts"], atol=1)
-    picture = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
-    probabilities = compile_probabilities(strategy, model.recipe, model.variables)(picture)
-    np.testing.assert_allclose(probabilities[0, :, :, 0], expected["probabilities"], atol=1e-5)
-
-
-def test_a_run_of_an_earlier_version_goes_on(old_run, tmp_path):
-    run, data, expected = old_run
-    config = replace(longer(load_config(run), 3), data=data)
-    outcome = train(
-        config, prepare(data, progress=False), run, resume=True, show_progress=False
-    )
-    assert int(outcome.state.step) == 3
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.state.params))
-    found = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] == 3]
-    assert [line["split"] for line in found] == [x["split"] for x in expected["third_epoch"]]
-    # One step on from the same weights; how they are averaged is this version's own.
-    for line, before in zip(found, expected["third_epoch"], strict=True):
-        if line["split"] == "train":
-            assert line["values"] == pytest.approx(before["values"], rel=1e-3)
-    assert json.loads((run / "config.json").read_text())["dataset"]["counts"]["train"] == 8

@@ -52,6 +52,13 @@ def show(result: dict[str, Any]) -> None:
                 f"[bold]{found['share']['median']:.3f}",
                 f"{low:.3f} to {high:.3f}",
             )
+        if theirs := point.get("neighbour_images_per_second"):
+            neighbour = result["neighbour"]
+            row(
+                table,
+                f"train step, {neighbour['name']} on one {neighbour['device']} (published)",
+                _as_measured(theirs, neighbour),
+            )
         for mode, reason in point.get("out_of_memory", {}).items():
             table.add_row(f"{mode} step, jaxunet", "", f"not run: {reason[:40]}")
         for name, found in point.get("augmentation", {}).items():
@@ -80,6 +87,10 @@ def show(result: dict[str, Any]) -> None:
             show_time(point["training"])
         if "layers" in point:
             show_layers(point["layers"])
+    if "neighbour" in result:
+        print(f"{result['neighbour']['name']}: {result['neighbour']['source']}")
+        for each in result["neighbour"]["differs"]:
+            print(f"- {each}")
     for axis, fit in result["fits"].items():
         memory = fit.get("memory_exponent")
         print(
@@ -100,6 +111,16 @@ def show_time(training: dict[str, Any]) -> None:
         cells = [f"{each:.2f}" for each in (*seconds, time["total_seconds"])]
         table.add_row(cache, *cells, "{hits}, {misses}".format_map(time["cache"]))
     Console(width=max(110, Console().width)).print(table)
+
+
+def _as_measured(images_per_second: float, neighbour: dict[str, Any]) -> dict[str, Any]:
+    """A published figure in the form of a measured one; a training step is three passes."""
+    seconds = neighbour["batch_size"] / images_per_second
+    return {
+        "step_seconds": {"median": seconds, "quartiles": [seconds, seconds]},
+        "images_per_second": images_per_second,
+        "flops_per_second": 3e9 * neighbour["gflops_per_image"] * images_per_second,
+    }
 
 
 def show_layers(layers: list[dict[str, Any]]) -> None:

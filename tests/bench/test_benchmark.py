@@ -194,11 +194,15 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
 
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     sweep = ("--sweep.batch-size", 1, 2, 4, "--name", "sweep")
-    sweep += ("--measure", "train", "preparation")
-    output = run_script("benchmark.py", *options, *sweep)
+    sweep += ("--measure", "train", "preparation", "--sweep.dtype", "float32")
+    output = run_script("benchmark.py", "nvidia", *options, *sweep)
+    assert "theirs is not padded" in output
+    assert "(published)" not in output  # which is of another size
     assert "Step time grows with batch_size to the power" in output
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert [p["setting"]["batch_size"] for p in found["points"]] == [1, 2, 4]
+    assert found["neighbour"]["images_per_second"] == {"bfloat16": 141, "float32": 63}
+    assert not any("neighbour_images_per_second" in point for point in found["points"])
     assert set(found["preparation"]) == {"full_decode", "one_core", "all_cores"}
     assert 0.2 < found["fits"]["batch_size"]["memory_exponent"] < 1.2
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

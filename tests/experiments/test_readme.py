@@ -36,8 +36,6 @@ NOT_HERE = {
     r"python tests/bad_input/record\.py": "minutes; tests/bad_input/test_table.py",
     r"python -m http\.server": "serves until it is stopped; tests/export/test_page.py serves",
     r"tensorboard ": "serves until it is stopped; tests/runs/test_followed.py reads its files",
-    r"gcloud ": "needs a TPU slice",
-    r"sbatch |srun ": "needs a Slurm cluster",
     r"mpirun ": "needs Open MPI and several hosts",
     r"(\w+=\S+ )*JAX_COORDINATOR_ADDRESS=": "needs peers; tests/devices/test_distributed.py",
     r"python experiments/gpu_programme\.py": "minutes; .ci/run tries it with --quick",
