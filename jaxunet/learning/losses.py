@@ -160,8 +160,10 @@ def lovasz(logits: Logits, mask: Mask, *, counted: Counted | None = None) -> Per
         gradient = jnp.diff(loss, prepend=0.0)
         return jnp.dot(jax.nn.relu(errors[order]), jax.lax.stop_gradient(gradient))
 
-    rows = [None if x is None else x.reshape(len(x), -1) for x in (logits, mask, counted)]
-    return jax.vmap(one)(*rows)
+    def rows(images: Array) -> Array:
+        return images.reshape(len(images), -1)
+
+    return jax.vmap(one)(rows(logits), rows(mask), None if counted is None else rows(counted))
 
 
 LOSSES: dict[str, LossFn] = {
