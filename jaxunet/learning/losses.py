@@ -160,10 +160,9 @@ def lovasz(logits: Logits, mask: Mask, *, counted: Counted | None = None) -> Per
         gradient = jnp.diff(loss, prepend=0.0)
         return jnp.dot(jax.nn.relu(errors[order]), jax.lax.stop_gradient(gradient))
 
-    def rows(images: Array) -> Array:
-        return images.reshape(len(images), -1)
-
-    return jax.vmap(one)(rows(logits), rows(mask), None if counted is None else rows(counted))
+    batch = len(logits)
+    counts = None if counted is None else counted.reshape(batch, -1)
+    return jax.vmap(one)(logits.reshape(batch, -1), mask.reshape(batch, -1), counts)
 
 
 LOSSES: dict[str, LossFn] = {
