@@ -174,8 +174,10 @@ def test_the_script_measures_against_pytorch_and_sweeps(tmp_path, monkeypatch):
     for cached in point["training"].values():
         spent = cached["time"]["seconds"]
         assert spent.keys() <= {"start", "compilation", "data", "steps"}
-        assert min(spent["start"], spent["compilation"], spent["steps"]) > 0
+        assert min(spent["start"], spent["steps"]) > 0
         assert sum(spent.values()) == pytest.approx(cached["time"]["total_seconds"], abs=0.01)
+    # The others have the program that this one or the step alone compiled.
+    assert point["training"]["device"]["time"]["seconds"]["compilation"] > 0
     assert found["versions"]["torch"]
     layers = point["layers"]
     assert sum(len(entry["layers"]) for entry in layers) == 6
