@@ -169,9 +169,11 @@ def main() -> None:
     tf32 = use_tf32(arguments.tf32, pytorch=bool(against))
     points = settings(arguments)
     if against:  # before any long work starts
+        from jaxunet.bench.pytorch import check_followed
         from jaxunet.interop.pytorch_encoders import make_pytorch_model
 
         make_pytorch_model(replace(arguments.model, dtype="float32", remat=False))
+        check_followed(arguments.config)
     files = {path: config_of(arguments.config, path) for path in arguments.exported}
     dtypes = sorted({point.config.model.dtype for point in points})
     seconds = min(0.3, arguments.seconds)
@@ -209,7 +211,7 @@ def main() -> None:
         print(f"Measuring {number} of {len(points)}: {setting.record()}", flush=True)
         rate = rates[setting.config.model.dtype]["flops_per_second"]
         point: dict[str, Any] = {"setting": setting.record()}
-        if neighbour is not None and (theirs := neighbour.beside(setting.record())):
+        if neighbour is not None and (theirs := neighbour.beside(setting)):
             point["neighbour_images_per_second"] = theirs
         result["points"].append(point)
         measure_steps(setting, arguments, rate, point, save)

@@ -2,8 +2,9 @@
 # Train on a Cloud TPU slice: the same command on every host, from a machine with gcloud:
 #     bash experiments/launch/tpu_pod.sh
 # The repository lies in ~/jaxunet on every host, installed with '.[tpu]' (once, by the same
-# gcloud command). Run it again after a stop, a maintenance or a lost connection, which stops the
-# run too (SIGHUP): it goes on from its last checkpoint.
+# gcloud command). Run it again after a stop or a maintenance: it goes on from its last checkpoint.
+# After a lost connection the run goes on by itself: stop it, which saves it, before it is started
+# again, by the same gcloud command with `pkill -TERM -f experiments/train.py`.
 #
 # JAX asks the slice's metadata server for the hosts (worker-network-endpoints, of which the
 # first is process 0's) and for its own number (agent-worker-number); nothing need be set.

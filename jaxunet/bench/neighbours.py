@@ -1,8 +1,9 @@
 """How fast others say that their U-Nets train, and our setting that is nearest to theirs."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from jaxunet.bench.setting import Setting
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
 
 
@@ -12,7 +13,7 @@ class Neighbour:
 
     Attributes:
         images_per_second: by our compute type that is nearest to theirs.
-        batch_size, image_size, width: of the setting that it is of, as ours gets it.
+        batch_size, image_size, model: of the setting that it is of, as ours gets it.
         gflops_per_image: 10^9 operations of their forward pass, counted as `bench.flops` does.
         differs: what keeps the two figures from being one and the same race.
     """
@@ -23,7 +24,7 @@ class Neighbour:
     images_per_second: dict[str, float]
     batch_size: int
     image_size: int
-    width: int
+    model: ModelConfig
     gflops_per_image: float
     differs: tuple[str, ...]
 
@@ -31,12 +32,12 @@ class Neighbour:
         """What a result holds of it."""
         return asdict(self)
 
-    def beside(self, setting: dict[str, Any]) -> float | None:
-        """Its images a second, if `setting`, the record of a point, is the one it is near."""
-        names = ("batch_size", "image_size", "width")
-        if any(setting[name] != getattr(self, name) for name in names):
-            return None
-        return self.images_per_second.get(setting["dtype"])
+    def beside(self, setting: Setting) -> float | None:
+        """Its images a second, if `setting` is the one it is near, on one device."""
+        config, dtype = setting.config, setting.config.model.dtype
+        ours = config.train.batch_size, config.data.image_size, config.model, setting.devices
+        theirs = self.batch_size, self.image_size, replace(self.model, dtype=dtype), 1
+        return self.images_per_second.get(dtype) if ours == theirs else None
 
 
 NVIDIA = Neighbour(
@@ -48,7 +49,7 @@ NVIDIA = Neighbour(
     images_per_second={"bfloat16": 141, "float32": 63},
     batch_size=8,
     image_size=576,
-    width=64,
+    model=ModelConfig(num_logits=2),
     gflops_per_image=314.9,
     differs=(
         "theirs is not padded: 572 px become 388; ours stays at 576, 1.5 times the operations",
@@ -64,7 +65,7 @@ def nvidia() -> Config:
     """The setting near `NVIDIA`: its two logits and its loss, Dice and cross-entropy."""
     return Config(
         data=DataConfig(image_size=576, synthetic_train=64, synthetic_validation=8),
-        model=ModelConfig(num_logits=2),
+        model=NVIDIA.model,
         train=TrainConfig(batch_size=8, eval_batch_size=8, loss="bce_dice", augment="none"),
     )
 

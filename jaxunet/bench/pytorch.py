@@ -52,6 +52,14 @@ class PytorchContestant:
         return torch.cuda.max_memory_allocated() - self.held_bytes
 
 
+def check_followed(config: Config) -> None:
+    """Raise `ConfigError` where the steps have no PyTorch side."""
+    if config.optimizer.name != "adam" or config.train.loss != "bce":
+        raise ConfigError("The benchmark against PyTorch has optimizer adam and loss bce only.")
+    if config.data.ignore_value is not None:
+        raise ConfigError("The benchmark against PyTorch has no data.ignore_value.")
+
+
 def with_form(
     form: Form,
     config: Config,
@@ -71,10 +79,7 @@ def with_form(
     Raises:
         ConfigError: the configuration has no PyTorch side.
     """
-    if config.optimizer.name != "adam" or config.train.loss != "bce":
-        raise ConfigError("The benchmark against PyTorch has optimizer adam and loss bce only.")
-    if config.data.ignore_value is not None:
-        raise ConfigError("The benchmark against PyTorch has no data.ignore_value.")
+    check_followed(config)
     if form == "graphs" and not torch.cuda.is_available():
         return "CUDA graphs are a GPU's"
     try:

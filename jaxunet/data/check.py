@@ -19,6 +19,7 @@ from jaxunet.data.images import (
     is_stored_on_its_side,
     read_image,
     read_reduced_image,
+    resize_mask,
 )
 from jaxunet.data.masks import read_mask
 from jaxunet.data.sources import Pair
@@ -50,8 +51,9 @@ def check_pair(pair: Pair, *, side: int | None = None) -> Decoded | list[str]:
 
     Checked: both files read (CRC, in a zip) and decode to the end, neither is larger than the
     pair's `max_megapixels`, the mask has a single channel with only 0 and 255 (or is what
-    `read_mask` takes with the pair's `binarize` and `ignore_value`), some of its pixels count,
-    and the sizes agree. An EXIF orientation is applied before sizes are compared.
+    `read_mask` takes with the pair's `binarize` and `ignore_value`), some of its pixels count
+    (after resizing too, with `side`), and the sizes agree. An EXIF orientation is applied
+    before sizes are compared.
     """
     problems: list[str] = []
 
@@ -76,6 +78,12 @@ def check_pair(pair: Pair, *, side: int | None = None) -> Decoded | list[str]:
     contents, image, size = decoded
     if problem := sizes_differ(pair, lambda: contents, size, (mask.shape[0], mask.shape[1])):
         return [problem]
+    resized = side is not None and pair.ignore_value is not None
+    if resized and (resize_mask(mask, side, side) == IGNORED).all():
+        return [
+            f"Of {pair.mask} no pixel that counts is left at {side} x {side}: nothing can be "
+            "learnt from it or scored. Take it away, and its image, or raise data.stored_size."
+        ]
     return Decoded(pair.id, contents, image, mask)
 
 

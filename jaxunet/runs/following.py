@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,14 @@ def follow(
         Exception: what `draw` raised, once the block is through; it is not called again.
     """
     log, over = Path(run) / "metrics.jsonl", threading.Event()
-    drawn, failed = 0, list[Exception]()
+    drawn, failed = Lines(), list[Exception]()
 
     def look() -> None:
         nonlocal drawn
         lines = read_metrics(log)
-        if len(lines) > drawn:
+        if lines != drawn:  # a resumed run's may be fewer
             draw(lines)
-            drawn = len(lines)
+            drawn = lines
 
     def watch() -> None:
         while not over.wait(every):
@@ -57,9 +57,15 @@ def follow(
     watcher.start()
     try:
         yield
-    finally:
+    except BaseException:
         over.set()
         watcher.join()
+        if not failed:
+            with suppress(Exception):  # the block's is to be heard
+                look()
+        raise
+    over.set()
+    watcher.join()
     if failed:
         raise failed[0]
     look()

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ class MetricsLog:
         self._folder, path, self._wandb = run, run / "metrics.jsonl", wandb
         kept = read_metrics(path)[:keep_lines]
         self.lines = len(kept)  # fewer than `keep_lines` if somebody moved the file away
-        with self._writing():
+        with ExitStack() as undo, self._writing():
+            if wandb is not None:
+                undo.callback(wandb.close)
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a", encoding="utf-8")
             self._table = MetricsTable(run / "metrics.csv", kept)
             self._events = Events(run / "tensorboard", purge_step=step + 1)
+            undo.pop_all()
 
     def write(
         self,

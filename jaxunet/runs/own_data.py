@@ -1,5 +1,6 @@
 """The data that a model was trained on, found again."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def own_split(
             "preparing the data",
         )
 
-    place = given or own
+    place = own
+    if given:  # at another size the same data would be others
+        place = replace(given, image_size=own.image_size, stored_size=own.stored_size)
     data = prepared(place)
     if place != own and data.fingerprint != recorded:
         place, data = own, prepared(own)

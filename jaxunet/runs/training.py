@@ -241,6 +241,8 @@ class Trainer:
         """Write summary.json and the figures."""
         self.clock.turn("checkpoints")
         self.checkpoints.wait()
+        if not self.saved:  # nothing was left to do, and nothing is lost
+            self.run.write_config()
         self.clock.turn("figures")
         train, data, seconds = self.config.train, self.config.data, journal.seconds()
         summary = report(

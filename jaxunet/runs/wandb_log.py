@@ -3,6 +3,7 @@
 import importlib
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,11 @@ class WandbLog:
             self._give_up(error)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left; within the handling of an error, as the end of a failed run."""
         if not self._works:
             return
         try:
-            self._run.finish()
+            self._run.finish(exit_code=int(sys.exception() is not None))
         except Exception as error:
             self._give_up(error)
 

@@ -1,5 +1,7 @@
 """The benchmark's preset beside a published figure."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from scripts import SCRIPTS
@@ -51,10 +53,13 @@ def test_the_preset_is_near_nvidias_in_what_is_computed(benchmark, monkeypatch):
     ours = forward_flops(arguments.model, 576, 576)
     assert f"{ours / count:.1f} times the operations" in NVIDIA.differs[0]
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    points = [setting.record() for setting in benchmark.settings(arguments)]
+    points = benchmark.settings(arguments)
     assert [NVIDIA.beside(point) for point in points] == [141, 63]
-    assert NVIDIA.beside(points[0] | {"width": 32}) is None
-    assert NVIDIA.beside(points[0] | {"dtype": "float16"}) is None
+    point = points[0]
+    for change in ({"width": 32}, {"depth": 4}, {"encoder": "resnet18", "norm": "batch"}):
+        config = replace(point.config, model=replace(point.config.model, **change))
+        assert NVIDIA.beside(replace(point, config=config)) is None
+    assert NVIDIA.beside(replace(point, devices=8)) is None
 
 
 def test_the_published_figure_stands_in_the_table(capsys):

@@ -108,6 +108,12 @@ def test_a_mask_of_which_nothing_counts_is_refused(own: DataConfig) -> None:
     write_files(own.dir / "masks", {"case03_mask.png": encoded(0 * half_mask() + 99)})
     with pytest.raises(DataError, match=r"(?s)case03_mask\.png holds nothing but 99"):
         quiet(config)
+    almost = 0 * half_mask() + 99
+    almost[0, 1] = 255
+    write_files(own.dir / "masks", {"case03_mask.png": encoded(almost)})
+    message = r"(?s)case03_mask\.png no pixel that counts is left at 4 x 4"
+    with pytest.raises(DataError, match=message):  # before anything is trained on
+        quiet(replace(config, image_size=4, stored_size=4))
 
 
 class OnePixelCounts:

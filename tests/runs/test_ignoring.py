@@ -1,5 +1,6 @@
 """Runs on masks with pixels that don't count."""
 
+import json
 from dataclasses import replace
 from unittest import mock
 
@@ -13,6 +14,7 @@ from jaxunet.config import IGNORED, Config, DataConfig, ModelConfig, TrainConfig
 from jaxunet.data import prepare
 from jaxunet.devices.strategies import make_strategy
 from jaxunet.errors import RunError
+from jaxunet.learning.metrics import scores
 from jaxunet.runs import calibration
 from jaxunet.runs.loading import load
 from jaxunet.runs.scoring import evaluate_split
@@ -69,6 +71,18 @@ def test_weights_are_the_same_bit_for_bit_whatever_stands_where_nothing_counts(
         train(changed, data, run, resume=True, show_progress=False)
 
 
+def test_a_pixel_that_counts_is_learnt_from(config, run, tmp_path):
+    assert config.data.dir is not None
+    other = replace(
+        config.data, dir=config.data.dir.with_name("200"), ignore_value=None, binarize=True
+    )
+    data = prepare(other, progress=False)  # greys, of which those of 200 are lesion
+    found = train(replace(config, data=other), data, tmp_path / "other", show_progress=False)
+    ours = jax.tree.leaves(load(run).variables["params"])
+    theirs = jax.tree.leaves(found.state.params)
+    assert max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) > 1e-4
+
+
 def test_every_score_of_a_run_is_of_the_pixels_that_count(config, run):
     data = prepare(config.data, progress=False)
     model, strategy = load(run), make_strategy("jit", jax.devices()[:1])
@@ -83,6 +97,11 @@ def test_every_score_of_a_run_is_of_the_pixels_that_count(config, run):
             show_progress=False,
         )
         assert found.counts.sum(axis=1).tolist() == counted.tolist()
+        if not clean:  # as the run itself scored it
+            said = json.loads((run / "summary.json").read_text())
+            for protocol, expected in scores(found.counts).items():
+                assert said["scores"][protocol] == pytest.approx(expected)
+            assert said["loss"] == pytest.approx(found.loss)
         lesion = found.counts[:, [0, 2]].sum(axis=1)
         assert lesion.tolist() == (truths == 255).sum((1, 2)).tolist()
         assert found.bins[..., 0].sum(axis=1).tolist() == counted.tolist()
