@@ -78,8 +78,11 @@ def check_pair(pair: Pair, *, side: int | None = None) -> Decoded | list[str]:
     contents, image, size = decoded
     if problem := sizes_differ(pair, lambda: contents, size, (mask.shape[0], mask.shape[1])):
         return [problem]
-    resized = side is not None and pair.ignore_value is not None
-    if resized and (resize_mask(mask, side, side) == IGNORED).all():
+    if (
+        side is not None
+        and pair.ignore_value is not None
+        and (resize_mask(mask, side, side) == IGNORED).all()
+    ):
         return [
             f"Of {pair.mask} no pixel that counts is left at {side} x {side}: nothing can be "
             "learnt from it or scored. Take it away, and its image, or raise data.stored_size."

@@ -214,6 +214,11 @@ def test_what_is_auto_is_fitted_on_the_runs_own_data_wherever_they_are_now(sound
     jaxunet.evaluate(tmp_path / "run", data=other, threshold="auto", show_progress=False)
     assert fitted_on() == fingerprint != prepare(other, progress=False).fingerprint
 
+    # The size they are stored at is no part of what they are.
+    native = dataclasses.replace(data, stored_size="native")
+    jaxunet.evaluate(tmp_path / "run", data=native, threshold="auto", show_progress=False)
+    assert fitted_on() == fingerprint
+
     own.rename(elsewhere)
     shutil.rmtree(tmp_path / "there")
     words = ["evaluate.py", tmp_path / "run", "--threshold", "auto"]
