@@ -231,8 +231,12 @@ def main() -> None:
     path = arguments.out / f"{arguments.name}.json"
     runs = result["runs"] = trained_before(path, result) if arguments.resume else []
     done = {run["seed"] for run in runs}
-    if pytorch and runs:
-        result["difference"] = differences(runs)
+
+    def save() -> None:
+        if pytorch:
+            result["difference"] = differences(runs)
+        write_json(path, result)
+
     for seed in arguments.seeds:
         if seed in done:
             continue
@@ -242,9 +246,8 @@ def main() -> None:
             run["pytorch"] = train_reference(seeded, data)
         run["jaxunet"] = train_jaxunet(seeded, data)
         runs.append(run)
-        if pytorch:
-            result["difference"] = differences(runs)
-        write_json(path, result)  # after each seed: an interrupted run keeps the others
+        save()  # after each seed: an interrupted run keeps the others
+    save()  # of seeds trained before, too
     curves: dict[str, list[float]] = {
         label: runs[0][name]["losses"] for name, label in LABELS.items() if name in runs[0]
     }
