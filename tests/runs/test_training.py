@@ -196,23 +196,24 @@ def test_the_rows_of_the_time_are_the_wall_time_across_kills(
     out, lost = tmp_path / "run", 0.0
     config = replace(config, train=replace(config.train, checkpoint_every=0))
     for _ in range(2):
-        began = time.monotonic()
+        began, at = time.monotonic(), time.time()
         with RunDirectory(out, config, resume=True) as run, monkeypatch.context() as patch:
             patch.setattr(training, "evaluate", evaluate_once)
             trainer = Trainer(config, data, run, show_progress=False, started=began)
             trainer.batches = Slow(trainer.batches)
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
-        wall, began_last = wall + died - began, began
+        # To its last line: what came after that nobody knows.
+        wall, began_last = wall + (out / "metrics.jsonl").stat().st_mtime - at, began
         logged = read_metrics(out / "metrics.jsonl")
         lost += logged[-1]["wall_seconds"] - trainer.position.seconds
-    began = time.time()
+    at = time.time()
     summary = train(config, data, out, resume=True, show_progress=False).summary
-    wall += (out / "summary.json").stat().st_mtime - began
+    wall += (out / "summary.json").stat().st_mtime - at
 
     spent, total = summary["time"]["seconds"], summary["time"]["total_seconds"]
     assert sum(spent.values()) == pytest.approx(total, abs=0.01)
-    assert total == pytest.approx(wall, rel=0.02)
+    assert total == pytest.approx(wall, rel=0.02, abs=0.1)  # to write files takes some, too
     assert set(spent) == set(ROWS) - {"undivided"}
     assert lost > 2 * 3 * 0.1  # by the log; with the start of the second, that saved nothing
     assert lost < spent["lost"] < lost + died - began_last
