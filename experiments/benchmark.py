@@ -144,11 +144,12 @@ def read_arguments(words: list[str]) -> tuple[Arguments, Neighbour | None]:
             f"The benchmark has no preset {words[0]!r}, but {', '.join(NEIGHBOURS)}; all else "
             "is said by options, as --model.width."
         )
-    config, neighbour = NEIGHBOURS[words[0]]
+    make, neighbour = NEIGHBOURS[words[0]]
+    config = make()
     default = Arguments(
-        data=config().data,
-        model=config().model,
-        train=config().train,
+        data=config.data,
+        model=config.model,
+        train=config.train,
         measure=("train",),
         sweep=Sweep(dtype=("bfloat16", "float32")),
     )

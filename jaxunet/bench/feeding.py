@@ -92,7 +92,8 @@ class Training:
     """
 
     def __init__(self, strategy: Strategy, config: Config, source: DataSource, host_state: Any):
-        with Clock() as clock:
+        clock = Clock()
+        with clock.compiling():
             self._feed, self._batches = _endless(strategy, config, source)
             step = partial(train_step, make_recipe(config))
             self._step = self._feed.compile(step, outputs="replicated", donate=True)
@@ -102,13 +103,13 @@ class Training:
 
     def __call__(self, steps: int) -> None:
         in_flight: deque[Any] = deque()
-        with Clock() as clock, closing(Idle(clock.now)) as idle:
+        clock = Clock()
+        with clock.compiling(), closing(Idle(clock.now)) as idle:
             clock.add(self.time)
             clock.turn("steps")
             for _ in range(steps):
-                began = clock.now()
-                batch = next(self._batches)
-                clock.move(idle.seconds(began), "data")
+                with clock.waiting_for_data(idle):
+                    batch = next(self._batches)
                 self._state, metrics = self._step(self._state, self._feed.place(batch))
                 idle.dispatched(metrics)
                 in_flight.append(metrics)

@@ -63,10 +63,13 @@ NVIDIA = Neighbour(
 
 def nvidia() -> Config:
     """The setting near `NVIDIA`: its two logits and its loss, Dice and cross-entropy."""
+    batch, side = NVIDIA.batch_size, NVIDIA.image_size
     return Config(
-        data=DataConfig(image_size=576, synthetic_train=64, synthetic_validation=8),
+        data=DataConfig(image_size=side, synthetic_train=64, synthetic_validation=8),
         model=NVIDIA.model,
-        train=TrainConfig(batch_size=8, eval_batch_size=8, loss="bce_dice", augment="none"),
+        train=TrainConfig(
+            batch_size=batch, eval_batch_size=batch, loss="bce_dice", augment="none"
+        ),
     )
 
 

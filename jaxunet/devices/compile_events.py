@@ -2,9 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ FOUND = "/jax/compilation_cache/cache_hits"
 
 
 class CompileEvents:
-    """Listens within a `with`.
+    """Counts within `listening`.
 
     Attributes:
         hits, misses: programs that the persistent cache had and had not, whichever thread
@@ -38,22 +37,18 @@ class CompileEvents:
     def misses(self) -> int:
         return self._asked - self.hits
 
-    def __enter__(self) -> "CompileEvents":
+    @contextmanager
+    def listening(self) -> Iterator[None]:
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # JAX asserts that it knows them; whoever clears all listeners clears these, too.
-        with suppress(AssertionError, ValueError):
-            jax.monitoring.unregister_event_duration_listener(self._on_duration)
-        with suppress(AssertionError, ValueError):
-            jax.monitoring.unregister_event_listener(self._on_event)
+        try:
+            yield
+        finally:
+            # JAX asserts that it knows them; whoever clears all listeners clears these, too.
+            with suppress(AssertionError, ValueError):
+                jax.monitoring.unregister_event_duration_listener(self._on_duration)
+            with suppress(AssertionError, ValueError):
+                jax.monitoring.unregister_event_listener(self._on_event)
 
     def _on_event(self, event: str, **_: str | int) -> None:
         settings: Any = jax.config

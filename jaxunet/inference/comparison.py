@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxunet.learning.bootstrap import mean_intervals
 from jaxunet.learning.metrics import Counts, per_image
@@ -13,18 +14,17 @@ from jaxunet.runs.figures import PredictionRow, explain_outlines, outlined
 COMPARED = ("dice", "iou", "threshold_jaccard")
 
 
-def compare(first: Counts, second: Counts) -> dict[str, dict[str, Any]]:
-    """Mean scores of two models on the same images, in the same order, and their difference.
+Scores = dict[str, Float[np.ndarray, " images"]]
+
+
+def paired(one: Scores, other: Scores) -> dict[str, dict[str, Any]]:
+    """Two models' scores of the same images, in the same order.
 
     Returns:
-        For each of `COMPARED` the means `first` and `second`; `difference`, the mean of
-        first less second; its 95% bootstrap `interval` over images; and `p` of Wilcoxon's
-        signed-rank test, two-sided, that they do not differ (1 where no image does).
+        For each score the means `first` and `second`; `difference`, the mean of first less
+        second; and its 95% bootstrap `interval` over images.
     """
-    from scipy.stats import wilcoxon  # late: it takes most of a second
-
-    one, other = per_image(first), per_image(second)
-    differences = {name: one[name] - other[name] for name in COMPARED}
+    differences = {name: one[name] - other[name] for name in one}
     between = mean_intervals(differences)
     return {
         name: {
@@ -32,10 +32,31 @@ def compare(first: Counts, second: Counts) -> dict[str, dict[str, Any]]:
             "second": float(other[name].mean()),
             "difference": float(each.mean()),
             "interval": between[name],
-            "p": float(wilcoxon(each).pvalue) if each.any() else 1.0,
         }
         for name, each in differences.items()
     }
+
+
+def compared(counts: Counts) -> Scores:
+    """`COMPARED` of each image."""
+    return {name: per_image(counts)[name] for name in COMPARED}
+
+
+def compare(first: Counts, second: Counts) -> dict[str, dict[str, Any]]:
+    """Mean scores of two models on the same images, in the same order, and their difference.
+
+    Returns:
+        For each of `COMPARED` what `paired` gives, and `p` of Wilcoxon's signed-rank test,
+        two-sided, that they do not differ (1 where no image does).
+    """
+    from scipy.stats import wilcoxon  # late: it takes most of a second
+
+    one, other = compared(first), compared(second)
+    found = paired(one, other)
+    for name, entry in found.items():
+        each = one[name] - other[name]
+        entry["p"] = float(wilcoxon(each).pvalue) if each.any() else 1.0
+    return found
 
 
 def most_different(first: Counts, second: Counts, count: int) -> list[int]:

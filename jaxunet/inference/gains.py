@@ -9,11 +9,11 @@ import numpy as np
 from scipy.special import expit
 
 from jaxunet.devices.strategies import Strategy
-from jaxunet.inference.comparison import COMPARED, compare
+from jaxunet.inference.comparison import Scores, compare, compared, paired
 from jaxunet.learning import calibration
-from jaxunet.learning.bootstrap import calibration_intervals, mean_intervals
+from jaxunet.learning.bootstrap import calibration_intervals
 from jaxunet.learning.clean_up import cleaned
-from jaxunet.learning.metrics import Counts, per_image
+from jaxunet.learning.metrics import Counts
 from jaxunet.learning.views import Views
 from jaxunet.runs.calibration import calibrate, settle
 from jaxunet.runs.checkpoint import Which
@@ -63,15 +63,9 @@ class Way:
     def against(self, other: "Way") -> dict[str, Any]:
         """All that it scores, and how that differs from `other`, image by image."""
         found: dict[str, Any] = compare(self.counts, other.counts)
-        entropy, before = self.entropy, other.entropy
         bins = {AS_IS: np.concatenate(other._bins), "with": np.concatenate(self._bins)}
         error = {n: float(calibration.calibration_error(b.sum(0))) for n, b in bins.items()}
-        found["cross_entropy"] = {
-            "first": float(entropy.mean()),
-            "second": float(before.mean()),
-            "difference": float((entropy - before).mean()),
-            "interval": mean_intervals({"": entropy - before})[""],
-        }
+        found |= paired({"cross_entropy": self.entropy}, {"cross_entropy": other.entropy})
         found["calibration_error"] = {
             "first": error["with"],
             "second": error[AS_IS],
@@ -102,27 +96,14 @@ def averaging(ensemble: Way, alone: Sequence[Way]) -> dict[str, dict[str, Any]]:
     would say.
 
     Returns:
-        For each score the means `first` (together) and `second` (alone), their `difference`
-        and its 95% bootstrap `interval` over images.
+        For each score what `paired` gives: `first` together, `second` alone.
     """
 
-    def scores(way: Way) -> dict[str, np.ndarray]:
-        found = per_image(way.counts)
-        return {**{name: found[name] for name in COMPARED}, "cross_entropy": way.entropy}
+    def scores(way: Way) -> Scores:
+        return {**compared(way.counts), "cross_entropy": way.entropy}
 
     one, others = scores(ensemble), [scores(way) for way in alone]
-    mean = {name: np.mean([each[name] for each in others], axis=0) for name in one}
-    differences = {name: one[name] - mean[name] for name in one}
-    between = mean_intervals(differences)
-    return {
-        name: {
-            "first": float(one[name].mean()),
-            "second": float(mean[name].mean()),
-            "difference": float(each.mean()),
-            "interval": between[name],
-        }
-        for name, each in differences.items()
-    }
+    return paired(one, {name: np.mean([x[name] for x in others], axis=0) for name in one})
 
 
 def gains(

@@ -25,11 +25,11 @@ finished, after its last checkpoint was taken: writing that, and figures.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from jaxunet.devices.compile_events import CompileEvents
+from jaxunet.devices.idle import Idle
 
 ROWS = {
     "start": "start",
@@ -48,7 +48,7 @@ RECENT_STEPS = 100
 
 
 class Clock:
-    """Seconds by row; within a `with`, what JAX compiles in this thread has its own."""
+    """Seconds by row; within `compiling`, what JAX compiles in this thread has its own."""
 
     def __init__(
         self, started: float | None = None, now: Callable[[], float] | None = None
@@ -61,17 +61,9 @@ class Clock:
         self._cache = {"hits": 0, "misses": 0}  # of the processes before
         self._events = CompileEvents(lambda s: self.move(s, "compilation"), self.now)
 
-    def __enter__(self) -> "Clock":
-        self._events.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._events.__exit__(kind, error, trace)
+    def compiling(self) -> AbstractContextManager[None]:
+        """Within, JAX is listened to."""
+        return self._events.listening()
 
     def add(
         self, record: Mapping[str, Any], *, undivided: float = 0.0, lost: float = 0.0
@@ -104,6 +96,13 @@ class Clock:
             yield
         finally:
             self.turn(before)
+
+    @contextmanager
+    def waiting_for_data(self, idle: Idle) -> Iterator[None]:
+        """Within, a batch is awaited: what the devices are `idle` meanwhile is its row's."""
+        began = self.now()
+        yield
+        self.move(idle.seconds(began), "data")
 
     def move(self, seconds: float, row: str) -> None:
         """`seconds` of the row under way were `row`'s."""

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,9 @@ class Journal:
             self._throughput.begin()
             yield
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
+    def waiting_for_data(self) -> AbstractContextManager[None]:
         """A batch is awaited within; what the devices idle meanwhile is noted."""
-        began = self._clock.now()
-        yield
-        self._clock.move(self._idle.seconds(began), "data")
+        return self._clock.waiting_for_data(self._idle)
 
     def note(self, step: int, metrics: Any) -> None:
         """A step was dispatched; its metrics may still be on their way.

@@ -89,7 +89,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.path / "checkpoints", config.train.best_metric)
         with ExitStack() as undo:
             undo.callback(self.checkpoints.close)
-            undo.enter_context(self.clock)
+            undo.enter_context(self.clock.compiling())
             self.saved = False  # by this process
             self.step, self.state, self.position = self._restore(init_from)
             self.first_step, seconds = self.step, self.position.seconds

@@ -4,6 +4,8 @@ import importlib
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +96,24 @@ class WandbLog:
         """Log `values` by name; those of one step may come one after the other."""
         if step < self._next or not self._works:
             return
-        try:
+        with self._working():
             self._run.log(values, step=step)
-        except Exception as error:  # of its process, of the network: not worth the run
-            self._give_up(error)
 
     def close(self) -> None:
         """Send what is left; within the handling of an error, as the end of a failed run."""
         if not self._works:
             return
-        try:
-            self._run.finish(exit_code=int(sys.exception() is not None))
-        except Exception as error:
-            self._give_up(error)
+        failed = sys.exception() is not None
+        with self._working():
+            self._run.finish(exit_code=int(failed))
 
-    def _give_up(self, error: Exception) -> None:
-        self._works = False
-        note(
-            "note: wandb takes nothing more of this run "
-            f"({type(error).__name__}: {_first_line(error)}); metrics.jsonl has all of it."
-        )
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of its process, of the network: not worth the run
+            self._works = False
+            note(
+                "note: wandb takes nothing more of this run "
+                f"({type(error).__name__}: {_first_line(error)}); metrics.jsonl has all of it."
+            )

@@ -74,7 +74,7 @@ def test_compiling_is_taken_out_of_the_row_under_way_and_counted_once(time):
     tracing, _, compiling = STAGES
     clock = Clock(now=time)
     clock.turn("steps")
-    with clock:
+    with clock.compiling():
         time.passes(3)
         jax.monitoring.record_event_duration_secs(tracing, 1)  # from 52 to 53,
         time.passes(1)
@@ -94,7 +94,8 @@ def test_compiling_is_taken_out_of_the_row_under_way_and_counted_once(time):
 def test_a_program_that_the_cache_has_is_a_hit():
     assert os.environ["JAX_COMPILATION_CACHE_DIR"]
     took = []
-    with CompileEvents(took.append) as events:
+    events = CompileEvents(took.append)
+    with events.listening():
         for hits in (0, 1):
             function = jax.jit(lambda x: x * 8.0625 + 0.0625)
             function.lower(np.ones(3, np.float32)).compile()
