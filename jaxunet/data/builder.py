@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import tensorflow_datasets as tfds
@@ -20,7 +21,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from jaxunet.bars import Bar
 from jaxunet.data.check import report
-from jaxunet.data.images import encode_png, resize_image, resize_mask
+from jaxunet.data.images import TooLarge
 from jaxunet.errors import DataError
 from jaxunet.workers import usable_cores
 
@@ -61,6 +62,8 @@ class Plan:
     problems: list[str] = dataclasses.field(default_factory=list)
     """What is known to be wrong before any item is made."""
     bytes_per_example: int = 2**20
+    finish: Callable[[Path], None] = lambda folder: None
+    """Writes what else is known into the dataset's folder, once all examples are made."""
 
 
 @dataclasses.dataclass
@@ -78,6 +81,8 @@ def reading(directory: object) -> Iterator[None]:
     """Whatever reading a prepared dataset raises, as a `DataError` that says what to do."""
     try:
         yield
+    except (MemoryError, TooLarge):  # which are of this machine and of what was asked
+        raise
     except Exception as error:  # TFDS, protobuf and ArrayRecord each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -131,11 +136,12 @@ class PairsBuilder(tfds.core.ShardBasedBuilder):
     ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, Example]]]]]:
         config = self.builder_config
         plan = config.plan(dl_manager)
-        stream = _examples(plan, f"Preparing {self.name}", config.progress)
+        folder = Path(self.data_path)
+        stream = _examples(plan, folder, f"Preparing {self.name}", config.progress)
         if plan.problems or not any(plan.items.values()):
             next(stream)
         ids = {split: list(items) for split, items in plan.items.items()}
-        (self.data_path / IDS_FILE).write_text(json.dumps(ids, indent=1))
+        (folder / IDS_FILE).write_text(json.dumps(ids, indent=1))
         per_shard = max(1, SHARD_BYTES // plan.bytes_per_example)
 
         # TFDS writes shards one after the other, in this order, so that all of them can
@@ -152,19 +158,7 @@ class PairsBuilder(tfds.core.ShardBasedBuilder):
         }
 
 
-def store(
-    key: str, image_file: bytes | None, image: Any, mask: Any, stored_size: int | str
-) -> Example:
-    """A stored example: resized and as PNG, or with `native` the original image file."""
-    if stored_size == "native" and image_file is not None:
-        return {"id": key, "image": image_file, "mask": encode_png(mask)}
-    if isinstance(stored_size, int) and image.shape[:2] != (stored_size, stored_size):
-        image = resize_image(image, stored_size, stored_size)
-        mask = resize_mask(mask, stored_size, stored_size)
-    return {"id": key, "image": encode_png(image), "mask": encode_png(mask)}
-
-
-def _examples(plan: Plan, title: str, progress: bool) -> Iterator[Example]:
+def _examples(plan: Plan, folder: Path, title: str, progress: bool) -> Iterator[Example]:
     """Make the examples of all splits; after a first problem, only look for more.
 
     Raises:
@@ -174,11 +168,13 @@ def _examples(plan: Plan, title: str, progress: bool) -> Iterator[Example]:
     total = sum(map(len, plan.items.values()))
     everything = itertools.chain.from_iterable(items.values() for items in plan.items.values())
     with Bar[Any](title, total, unit="image", leave=True, show=progress) as bar:
-        for result in map_in_threads(plan.make, everything):
+        for done, result in enumerate(map_in_threads(plan.make, everything), start=1):
             bar.update()
             if isinstance(result, list):
                 problems += result
             elif not problems:
+                if done == total:  # after it nobody asks again
+                    plan.finish(folder)
                 yield result
     if problems:
         raise DataError(report(plan.where, problems))

@@ -14,12 +14,14 @@ within 8. With 16 x 16 bits of horizontal and 16 x 16 of vertical neighbours 13 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8, UInt64
 from PIL import Image
 
 from jaxunet.data.sources import Pair
+from jaxunet.files import write_json
 
 SIDE = 16
 BITS_APART = 64
@@ -60,7 +62,7 @@ def alike(
 class Looks:
     """How the pictures of a dataset look, noted while they are decoded, in any order."""
 
-    splits: Mapping[str, Sequence[Pair]] = field(default_factory=dict)
+    splits: Mapping[str, Sequence[Pair]]
     _bits: dict[str, Bits] = field(default_factory=dict)
 
     def note(self, pair: Pair, image: UInt8[np.ndarray, "height width 3"]) -> None:
@@ -83,8 +85,13 @@ class Looks:
                     found.append((f"{split}/{pairs[i].id}", f"{other}/{others[j].id}"))
         return found
 
+    def write(self, folder: Path) -> None:
+        """List the near duplicates in a prepared dataset's folder, if there are any."""
+        if found := self.near_duplicates():
+            write_json(folder / LIST_FILE, found)
 
-def warning(found: Sequence[tuple[str, str]], listed: object) -> str:
+
+def warning(found: Sequence[Sequence[str]], listed: object) -> str:
     """A sentence that counts near duplicates and names some.
 
     Args:

@@ -39,6 +39,11 @@ ADVICE = {
 `SAVE_IT`."""
 SAVE_IT = "Save it as JPEG or PNG."
 
+
+class TooLarge(DataError):
+    """A picture has more pixels than were allowed; there is nothing wrong with it."""
+
+
 _opening = threading.Lock()
 
 # What Pillow's decoders are known to raise on damaged input, beside OSError.
@@ -160,7 +165,7 @@ def decoded(
         with _open(source) as image:
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
-                raise DataError(
+                raise TooLarge(
                     f"{label} is {image.width} x {image.height} = {pixels:,} pixels; the "
                     f"limit is {max_megapixels * 1_000_000:,}. Save it smaller, or raise "
                     "--data.max-megapixels if that much memory is there for it."

@@ -7,12 +7,13 @@ another size, or changed source data, gives another dataset and never a stale on
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +22,14 @@ import tensorflow_datasets as tfds
 from jaxunet.bars import on_terminal
 from jaxunet.config import DataConfig
 from jaxunet.data import drawing, folder, isic2018, synthetic
-from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, store
+from jaxunet.data.builder import BuildConfig, Example, PairsBuilder, Plan, reading
 from jaxunet.data.check import check_pair
 from jaxunet.data.duplicates import LIST_FILE, Looks, warning
+from jaxunet.data.images import encode_png, resize_image, resize_mask
 from jaxunet.data.locate import locate
 from jaxunet.data.prepared import Prepared, Size, check_complete
 from jaxunet.data.sources import Pair, SourcePairs, same_contents
 from jaxunet.errors import DataError, SourceGone
-from jaxunet.files import write_json
 
 
 def prepare(
@@ -65,7 +66,6 @@ def prepare(
             progress=progress,
         ),
     )
-    near: list[tuple[str, str]] = []
     with _quiet():
         builder = make_builder()
         directory = Path(builder.data_path)
@@ -82,13 +82,12 @@ def prepare(
                         shutil.rmtree(leftover, ignore_errors=True)
                 if not directory.exists():
                     _build(builder, directory, progress)
-                    near = recipe.looks.near_duplicates()
             builder = make_builder()
     check_complete(directory)
-    if near:
-        write_json(directory / LIST_FILE, near)
-        if progress:
-            print(warning(near, directory / LIST_FILE), file=sys.stderr)
+    if progress and (listed := directory / LIST_FILE).exists():
+        with reading(directory):
+            said = warning(json.loads(listed.read_text(encoding="utf-8")), listed)
+        print(said, file=sys.stderr)
     if recipe.gone and progress:
         print(
             f"{recipe.gone} Going on with what was prepared from it: {directory}",
@@ -134,13 +133,11 @@ class _BuildSpec:
     official_counts: dict[str, int | None]
     gone: str = ""
     """Why the dataset cannot be built, but only opened."""
-    looks: Looks = field(default_factory=Looks)
-    """Filled as it is built."""
 
 
 def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _BuildSpec:
     splits = ("train", "validation", "test")
-    size, looks = config.resolved_stored_size, Looks()
+    size = config.resolved_stored_size
     if config.name == "synthetic":
         side = config.image_size if config.stored_size in ("auto", "native") else size
         assert isinstance(side, int)
@@ -167,11 +164,10 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _BuildS
                 size,
                 _digest(sorted(map(repr, isic2018.Isic2018.url_infos.items()))),
                 lambda manager: _plan(
-                    isic2018.download(manager).read_as(config), config, "the download", looks
+                    isic2018.download(manager).read_as(config), config, "the download"
                 ),
                 needs,
                 official,
-                looks=looks,
             )
         builder: type[PairsBuilder] = isic2018.Isic2018
     else:
@@ -193,17 +189,15 @@ def _recipe(config: DataConfig, recorded: str | None, progress: bool) -> _BuildS
         builder,
         size,
         fingerprint,
-        lambda manager: _plan(source, config, config.dir, looks),
+        lambda manager: _plan(source, config, config.dir),
         needs,
         official,
         gone,
-        looks,
     )
 
 
-def _plan(source: SourcePairs, config: DataConfig, where: object, looks: Looks) -> Plan:
-    size = config.resolved_stored_size
-    looks.splits = source.splits
+def _plan(source: SourcePairs, config: DataConfig, where: object) -> Plan:
+    size, looks = config.resolved_stored_size, Looks(source.splits)
     items = {split: {pair.id: pair for pair in pairs} for split, pairs in source.splits.items()}
     everything = [pair for pairs in source.splits.values() for pair in pairs]
     mean_bytes = sum(p.image.size + p.mask.size for p in everything) // max(1, len(everything))
@@ -215,6 +209,7 @@ def _plan(source: SourcePairs, config: DataConfig, where: object, looks: Looks) 
         where=where,
         problems=source.problems + copies,
         bytes_per_example=max(1, mean_bytes) if size == "native" else 4 * size * size,
+        finish=looks.write,
     )
 
 
@@ -223,7 +218,11 @@ def _make(size: Size, looks: Looks, pair: Pair) -> Example | list[str]:
     if isinstance(checked, list):
         return checked
     looks.note(pair, checked.image)
-    return store(checked.id, checked.image_file, checked.image, checked.mask, size)
+    image_file, mask = checked.image_file, checked.mask
+    if isinstance(size, int):
+        image_file = encode_png(resize_image(checked.image, size, size))
+        mask = resize_mask(mask, size, size)
+    return {"id": checked.id, "image": image_file, "mask": encode_png(mask)}
 
 
 def _build(builder: PairsBuilder, directory: Path, progress: bool) -> None:

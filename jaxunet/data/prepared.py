@@ -48,12 +48,23 @@ class Prepared:
             DataError: there is no such split, or the slice is malformed or empty.
         """
         files = self._split(split).file_instructions
-        name = f"{self.name}/{self.stored_size}-{self.fingerprint}/{split}"
-        return Records(name, files, self.stored_size, self.max_megapixels, self.ignores)
+        return Records(files, self.stored_size, self.max_megapixels, self.ignores)
 
     def count(self, split: str) -> int:
         """Number of examples of a split or slice."""
         return self._split(split).num_examples
+
+    def shared(self, split: str, other: str) -> int:
+        """Number of examples that both splits or slices have."""
+        held = [
+            {
+                (str(part.filename), index)
+                for part in self._split(each).file_instructions
+                for index in range(part.skip, part.skip + part.take)
+            }
+            for each in (split, other)
+        ]
+        return len(set.intersection(*held))
 
     def official_count(self, split: str) -> int | None:
         """Number of examples that the challenge's split has, if it is one of its splits.

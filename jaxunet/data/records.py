@@ -31,7 +31,6 @@ class Records:
 
     def __init__(
         self,
-        name: str,
         files: Sequence[Any],
         stored_size: int | Literal["native"],
         max_megapixels: int = MAX_MEGAPIXELS,
@@ -40,14 +39,11 @@ class Records:
         """Open the records.
 
         Args:
-            name: says which dataset and split this is; part of the representation, by
-                which Grain recognises a data source when an iterator is restored.
             files: TFDS file instructions (file name, records to skip and to take).
             stored_size: of the images, in pixels.
             max_megapixels: an example with a larger image is refused.
             ignores: whether masks may hold `IGNORED`.
         """
-        self.name = name
         self.max_megapixels = max_megapixels
         self.ignore_value = IGNORED if ignores else None
         self.stored_size = stored_size
@@ -65,7 +61,7 @@ class Records:
         """
         position = as_index(index)
         if not -len(self) <= position < len(self):
-            raise IndexError(f"Example {position} of {len(self)} in {self.name}.")
+            raise IndexError(f"Example {position} of {len(self)} in {self._directory}.")
         with reading(self._directory):
             stored = self.stored(position)
             key = stored["id"].decode()
@@ -84,9 +80,6 @@ class Records:
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
-
-    def __repr__(self) -> str:
-        return f"Records({self.name!r}, {len(self)} examples)"
 
     def stored(self, index: int) -> dict[str, bytes]:
         """The encoded files of an example: `id`, `image` (PNG or original), `mask` (PNG)."""

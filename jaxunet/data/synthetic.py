@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from jaxunet.data.builder import Example, PairsBuilder, Plan, store
+from jaxunet.data.builder import Example, PairsBuilder, Plan
 from jaxunet.data.drawing import SPLITS, draw
+from jaxunet.data.images import encode_png
 
 
 class Synthetic(PairsBuilder):
@@ -31,4 +32,8 @@ def plan(seed: int, counts: dict[str, int], size: int) -> Plan:
 def _make(seed: int, size: int, item: tuple[str, int]) -> Example:
     split, index = item
     image, mask = draw(seed, split, index, size)
-    return store(f"{split}_{index:05d}", None, image, mask, size)
+    return {
+        "id": f"{split}_{index:05d}",
+        "image": encode_png(image),
+        "mask": encode_png(mask),
+    }

@@ -23,8 +23,14 @@ def iterate(reader: BatchReader, start: int, stop: int) -> Iterator[HostBatch]:
     side = reader.image_size
     shapes = {"image": (None, side, side, 3), "mask": (None, side, side, 1), "weight": (None,)}
 
+    failed: list[Exception] = []
+
     def read(batch: np.integer) -> list[np.ndarray]:
-        arrays = reader(int(batch))
+        try:
+            arrays = reader(int(batch))
+        except Exception as error:  # TensorFlow would make another one of it
+            failed.append(error)
+            raise
         return [arrays[name] for name in shapes]
 
     @tf.autograph.experimental.do_not_convert
@@ -38,4 +44,7 @@ def iterate(reader: BatchReader, start: int, stop: int) -> Iterator[HostBatch]:
     batches = tf.data.Dataset.range(start, stop).map(
         load, num_parallel_calls=THREADS, deterministic=True
     )
-    return batches.prefetch(PREFETCHED_BATCHES).as_numpy_iterator()
+    try:
+        yield from batches.prefetch(PREFETCHED_BATCHES).as_numpy_iterator()
+    except tf.errors.OpError as error:
+        raise (failed[0] if failed else error) from None

@@ -12,6 +12,7 @@ from jaxunet.config import DataConfig
 from jaxunet.data.pipeline import make_batches
 from jaxunet.data.reader import InMemory
 from jaxunet.data.sampler import BatchSampler
+from jaxunet.errors import DataError
 
 
 class Pictures:
@@ -145,6 +146,18 @@ def test_tfdata_yields_the_same_batches():
     expected = take_all(Pictures(), DataConfig(image_size=8), order, start=1)
     config = DataConfig(image_size=8, loader="tfdata")
     assert_same(take_all(Pictures(), config, order, start=1), expected)
+
+
+def test_what_is_wrong_with_a_picture_is_told_by_tfdata_too():
+    pytest.importorskip("tensorflow", reason="needs the extra [tf]")
+
+    class Damaged(Pictures):
+        def __getitem__(self, index):
+            raise DataError("image 7 is damaged")
+
+    config = DataConfig(image_size=8, loader="tfdata")
+    with pytest.raises(DataError, match=r"^image 7 is damaged$"):
+        take_all(Damaged(), config, BatchSampler(7, 3, seed=1))
 
 
 def test_nothing_imports_tensorflow_or_torch_unless_asked():
