@@ -34,3 +34,8 @@ class Stopped(RunError):
     def __init__(self, message: str, number: int | None):
         super().__init__(message)
         self.signal = number
+
+
+def shown(name: str) -> str:
+    """A name out of a stranger's file, fit to be printed: one short line."""
+    return name if name.isprintable() and len(name) <= 100 else f"{name[:100]!a}..."

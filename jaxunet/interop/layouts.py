@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxunet.config import ModelConfig
-from jaxunet.errors import ConfigError, DataError
+from jaxunet.errors import ConfigError, DataError, shown
 
 LayoutName = Literal["reference", "milesial"]
 Kind = Literal["conv", "transposed", "head", "vector", "counter"]
@@ -199,11 +199,6 @@ def _head(name: str, config: ModelConfig) -> Iterator[Entry]:
     shape = (config.num_logits, config.width, 1, 1)
     yield Entry(f"{name}.weight", ("params", "head", "kernel"), shape, "head")
     yield Entry(f"{name}.bias", ("params", "head", "bias"), shape[:1], "vector")
-
-
-def shown(name: str) -> str:
-    """A name out of a stranger's file, fit to be printed: one short line."""
-    return name if name.isprintable() and len(name) <= 100 else f"{name[:100]!a}..."
 
 
 def recognize(shapes: Mapping[str, Shape]) -> tuple[LayoutName, ModelConfig]:

@@ -14,8 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxunet.errors import ConfigError, DataError
-from jaxunet.interop.layouts import shown
+from jaxunet.errors import ConfigError, DataError, shown
 
 # What a pickle of tensors and plain containers asks for. `torch.load` allows more, of which
 # some make as much memory as a number says: bytearray, or a stretched tensor cast to a type.
@@ -30,15 +29,11 @@ def torch_module() -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise extra_is_missing("PyTorch") from error
+        raise ConfigError(
+            "PyTorch is not installed, and these weights need it. Install the extra [torch]: "
+            "python -m pip install -e '.[torch]'."
+        ) from error
     return torch
-
-
-def extra_is_missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"{package} is not installed, and these weights need it. Install the extra [torch]: "
-        "python -m pip install -e '.[torch]'."
-    )
 
 
 def read_pickle(path: Path, contents: bytes) -> Mapping[Any, Any]:

@@ -7,8 +7,8 @@ import numpy as np
 from flax import traverse_util
 
 from jaxunet.config import ModelConfig
-from jaxunet.errors import DataError
-from jaxunet.interop.layouts import Entry, LayoutName, entries, recognize, shown
+from jaxunet.errors import DataError, shown
+from jaxunet.interop.layouts import Entry, LayoutName, entries, recognize
 from jaxunet.interop.weight_files import State
 from jaxunet.runs.finite import not_finite
 

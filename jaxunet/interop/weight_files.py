@@ -10,16 +10,21 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxunet.errors import ConfigError, DataError
+from jaxunet.errors import ConfigError, DataError, shown
 from jaxunet.files import write_atomically
-from jaxunet.interop.layouts import prefixes, shown
-from jaxunet.interop.pickles import extra_is_missing, read_pickle, torch_module
+from jaxunet.interop.layouts import prefixes
+from jaxunet.interop.pickles import read_pickle, torch_module
+from jaxunet.pretrained.tensors import (
+    check_size,
+    in_float32,
+    is_safetensors,
+    read_safetensors,
+    safetensors_module,
+)
 
 State = dict[str, np.ndarray]
 
@@ -29,18 +34,6 @@ its masks had."""
 WRAPPERS = ("state_dict", "model_state_dict")
 """Keys under which training scripts keep the weights, beside averaged ones and the like. They
 go before other dictionaries; of those, exactly one must hold weights."""
-
-# By safetensors' names.
-_TYPES: dict[str, Any] = {f"F{bits}": f"<f{bits // 8}" for bits in (64, 32, 16)}
-_TYPES |= {
-    f"{sign}{8 * size}": f"<{sign.lower()}{size}" for sign in "IU" for size in (8, 4, 2, 1)
-}
-_TYPES |= {
-    "BOOL": "?",
-    "BF16": jnp.bfloat16,
-    "F8_E4M3": jnp.float8_e4m3fn,
-    "F8_E5M2": jnp.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)
@@ -60,14 +53,6 @@ class Weights:
     left_out: list[str]
 
 
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise extra_is_missing("safetensors") from error
-    return safetensors
-
-
 def load_weights(path: Path) -> Weights:
     """The network's tensors in a weight file; what kind of file it is shows in its content.
 
@@ -77,7 +62,7 @@ def load_weights(path: Path) -> Weights:
     Raises:
         DataError: the file is not there, is neither kind, would run code or take more memory
             than its length, holds several networks, or something that is no tensor.
-        ConfigError: the extra `[torch]` is not installed.
+        ConfigError: PyTorch or safetensors, which it needs, is not installed.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
@@ -85,9 +70,8 @@ def load_weights(path: Path) -> Weights:
         contents = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    # safetensors: the length of a JSON header in eight bytes, then the header.
-    if contents[8:9] == b"{" and int.from_bytes(contents[:8], "little") <= len(contents):
-        found: Mapping[Any, Any] = _read_safetensors(path, contents)
+    if is_safetensors(contents):
+        found: Mapping[Any, Any] = read_safetensors(path, contents)
     else:
         found = read_pickle(path, contents)
     where, prefix, values = _network(path, found)
@@ -101,12 +85,7 @@ def load_weights(path: Path) -> Weights:
             "state_dict, alone or in a dictionary."
         )
     taken = {name[len(prefix) :]: values[name] for name in inside}
-    declared = sum(value.nbytes for value in taken.values())
-    if declared > len(contents):
-        raise DataError(
-            f"{path} has {len(contents)} bytes, but its tensors would take {declared}: they "
-            "repeat values instead of holding them. Save them anew, each after .contiguous()."
-        )
+    check_size(path, contents, (value.nbytes for value in taken.values()))
     state = {name: _array(path, name, value) for name, value in taken.items()}
     return Weights(state, where, prefix, left_out)
 
@@ -132,9 +111,7 @@ def _array(path: Path, name: str, value: Any) -> np.ndarray:
                 f"{path}: {shown(name)} is {value.dtype}, which has no values to read; save "
                 "it as float32."
             ) from error
-    floating = jnp.issubdtype(value.dtype, jnp.floating)
-    with np.errstate(over="ignore"):  # float64 beyond float32: infinite, and refused as such
-        return value.astype(np.float32) if floating else value
+    return in_float32(value)
 
 
 def _network(path: Path, found: Mapping[Any, Any]) -> tuple[str, str, Mapping[Any, Any]]:
@@ -184,24 +161,6 @@ def _dictionaries(found: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, 
         ]
 
 
-def _read_safetensors(path: Path, contents: bytes) -> State:
-    reader = _safetensors()
-    try:
-        tensors = reader.deserialize(contents)
-    except Exception as error:  # whatever a broken file makes the reader raise
-        raise DataError(f"{path} is not a readable .safetensors file: {error}") from error
-    state = {}
-    for name, tensor in tensors:
-        if tensor["dtype"] not in _TYPES:
-            raise DataError(
-                f"{path}: {shown(name)} is of type {tensor['dtype']}; known: "
-                f"{', '.join(_TYPES)}."
-            )
-        values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
-        state[name] = values.reshape(tensor["shape"])
-    return state
-
-
 def unwritable(folder: Path) -> str:
     """What keeps `folder` from being made or written to, told without doing so; else ''."""
     try:
@@ -217,12 +176,12 @@ def check_target(path: Path) -> None:
     """That `save_weights` can write `path`, as far as it can be known before.
 
     Raises:
-        ConfigError: the name ends with none of .pth, .pt and .safetensors, or the extra
-            `[torch]` is not installed.
+        ConfigError: the name ends with none of .pth, .pt and .safetensors, or what it needs
+            is not installed.
         DataError: it cannot be written there.
     """
     if path.suffix == ".safetensors":
-        _safetensors()
+        safetensors_module()
     elif path.suffix in (".pth", ".pt"):
         torch_module()
     else:
@@ -244,7 +203,7 @@ def save_weights(path: Path, state: State) -> None:
     arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
     arrays = {name: value.reshape(state[name].shape) for name, value in arrays.items()}
     if path.suffix == ".safetensors":
-        contents = _safetensors().numpy.save(arrays)
+        contents = safetensors_module().numpy.save(arrays)
     else:
         torch = torch_module()
         buffer = io.BytesIO()

@@ -5,12 +5,12 @@ What kind of file it is shows in its content. No code of it runs: see `pickles`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxunet.errors import ConfigError, DataError
+from jaxunet.errors import DataError
 from jaxunet.pretrained.pickles import NotPlain, Tensor, read_pickle
+from jaxunet.pretrained.tensors import check_size, in_float32, is_safetensors, read_safetensors
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIX = "module."
@@ -39,12 +39,18 @@ def read_tensors(path: Path, contents: bytes) -> dict[str, np.ndarray]:
     are taken off.
 
     Raises:
-        DataError: it is neither kind, damaged, or holds more than tensors.
-        ConfigError: it is a .safetensors, and the extra `[pretrained]` is not installed.
+        DataError: it is neither kind, damaged, holds more than tensors, or tensors that would
+            take more memory than its length.
+        ConfigError: it is a .safetensors, and safetensors is not installed.
     """
-    # safetensors: the length of a JSON header in eight bytes, then the header.
-    if contents[8:9] == b"{" and int.from_bytes(contents[:8], "little") <= len(contents):
-        return _read_safetensors(path, contents)
+    if is_safetensors(contents):
+        tensors = read_safetensors(path, contents)
+        return {name.removeprefix(PREFIX): in_float32(value) for name, value in tensors.items()}
+    if contents[257:262] == b"ustar":
+        raise DataError(
+            f"{path} is a file of PyTorch before 0.1.10, a tar archive. Save its weights anew: "
+            "torch.save(torch.load(FILE), OTHER)."
+        )
     try:
         found = read_pickle(contents)
     except NotPlain as error:
@@ -58,30 +64,12 @@ def read_tensors(path: Path, contents: bytes) -> dict[str, np.ndarray]:
     for wrapper in WRAPPERS:
         inner = found.get(wrapper)
         found = inner if isinstance(inner, Mapping) else found
+    views = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    check_size(path, contents, (view.nbytes for view in views.values()))
     try:
         return {
-            str(name).removeprefix(PREFIX): _in_float32(value.array())
-            for name, value in found.items()
-            if isinstance(value, Tensor)
+            str(name).removeprefix(PREFIX): in_float32(view.array())
+            for name, view in views.items()
         }
     except ValueError as error:
         raise DataError(f"{path} is a damaged weight file: {error}.") from error
-
-
-def _read_safetensors(path: Path, contents: bytes) -> dict[str, np.ndarray]:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ConfigError(
-            f"safetensors is not installed, and {path} needs it. Install the extra "
-            "[pretrained]: python -m pip install -e '.[pretrained]'."
-        ) from error
-    try:
-        found: dict[str, Any] = safetensors.numpy.load(contents)
-    except Exception as error:  # whatever a broken file makes the reader raise
-        raise DataError(f"{path} is not a readable .safetensors file: {error}") from error
-    return {name.removeprefix(PREFIX): _in_float32(value) for name, value in found.items()}
-
-
-def _in_float32(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.float32) if value.dtype.kind == "f" else value

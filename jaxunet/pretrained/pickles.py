@@ -1,8 +1,8 @@
 """PyTorch's pickles read without PyTorch, and without running what is in them.
 
 A pickle may call whatever it names. This reader knows the names of a state_dict (tensors of
-plain types in plain containers) and refuses every other before it is called; a file takes no
-more memory than a few times its length.
+plain types in plain containers) and refuses every other before it is called. Until
+`Tensor.array` is called, a file takes no more memory than a few times its length.
 
     before PyTorch 1.6   five pickles one after another: a magic number, a version, the system,
                          the object, the keys of its storages; then each storage's length and
@@ -11,6 +11,7 @@ more memory than a few times its length.
 """
 
 import io
+import math
 import pickle
 import pickletools
 import struct
@@ -20,13 +21,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 MAGIC = 0x1950A86A20F9469CFC6C
-_TYPES: dict[str, str] = {
+_TYPES: dict[str, Any] = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
     "HalfStorage": "<f2",
+    "BFloat16Storage": jnp.bfloat16,
     "LongStorage": "<i8",
     "IntStorage": "<i4",
     "ShortStorage": "<i2",
@@ -42,7 +45,7 @@ class NotPlain(ValueError):
 
 @dataclass(frozen=True)
 class _Type:
-    dtype: str
+    dtype: Any
 
 
 @dataclass
@@ -63,6 +66,10 @@ class Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.storage.dtype.itemsize
+
     def array(self) -> np.ndarray:
         """Its values.
 
@@ -74,7 +81,7 @@ class Tensor:
             raise ValueError("a tensor's values are missing")
         if min((*sides, *self.strides, self.offset), default=0) < 0:
             raise ValueError("a tensor has a negative side")
-        count = int(np.prod(sides, dtype=object))
+        count = math.prod(sides)
         last = sum((n - 1) * step for n, step in zip(sides, self.strides, strict=True))
         if count and (count > values.size or self.offset + last >= values.size):
             raise ValueError("a tensor reaches beyond its values")
@@ -94,6 +101,7 @@ def _rebuild_tensor(
 
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,  # before PyTorch 0.4
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     **{("torch", name): _Type(dtype) for name, dtype in _TYPES.items()},

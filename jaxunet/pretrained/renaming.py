@@ -87,6 +87,11 @@ def encoder_variables(
     broken = [name for name in names.values() if not np.isfinite(tensors[name]).all()]
     if broken:
         raise DataError(f"{source} holds values that are not finite: {broken[0]}.")
+    below = [
+        names[path] for path in names if path[-1] == "var" and tensors[names[path]].min() < 0
+    ]
+    if below:
+        raise DataError(f"{source} holds variances below zero: {below[0]}.")
     flat = {path: _ours(tensors[name], shapes[path]) for path, name in names.items()}
     return traverse_util.unflatten_dict(flat)
 

@@ -43,16 +43,16 @@ def starting_weights(config: ModelConfig) -> StartingWeights | None:
     if config.weights == "none":
         return None
     if isinstance(config.weights, Path):
-        path, source, licence = config.weights, config.weights.name, "not recorded in a file"
-        contents = read_bytes(path)
+        origin, path, source = None, config.weights, config.weights.name
     else:
         origin = SOURCES[config.encoder]
         path, source = origin.find()
-        contents = read_bytes(path)
-        origin.check(path, digest(contents))
-        licence = origin.licence
+    contents = read_bytes(path)
+    sha256 = digest(contents)
+    if origin:
+        origin.check(path, sha256)
     variables = encoder_variables(config.encoder, read_tensors(path, contents), str(path))
-    if isinstance(config.weights, Path):
-        check_origin(config.encoder, variables, path, digest(contents))
-    record = {"source": source, "sha256": digest(contents), "licence": licence}
-    return StartingWeights(variables, record)
+    if not origin:
+        check_origin(config.encoder, variables, path, sha256)
+    licence = origin.licence if origin else "not recorded in a file"
+    return StartingWeights(variables, {"source": source, "sha256": sha256, "licence": licence})

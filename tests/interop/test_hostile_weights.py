@@ -15,8 +15,8 @@ import torch
 from pytorch_designs import MilesialUNet, ReferenceUNet, arrays
 from test_weight_files import assert_same, prefixed, reference, saved
 
-from jaxunet.errors import DataError
-from jaxunet.interop.layouts import recognize, shown
+from jaxunet.errors import DataError, shown
+from jaxunet.interop.layouts import recognize
 from jaxunet.interop.pytorch import variables_from_state_dict
 from jaxunet.interop.weight_files import load_weights
 
