@@ -28,6 +28,7 @@ from jaxunet.runs.record import (
     recorded_fingerprint,
     recorded_tuning,
 )
+from jaxunet.runs.starting import same_start
 from jaxunet.runs.training import train
 from jaxunet.runs.watching import Watch
 
@@ -114,10 +115,9 @@ def main() -> None:
     # Whatever is wrong with --out or the weights is said before the data are prepared.
     with RunDirectory(out, config, resume=arguments.resume) as run:
         if not distributed.on_main(lambda: run.has_checkpoints, "looking for checkpoints"):
-            starting_weights(config.model)
             if arguments.init_from is not None:
                 given = weights_to_start_from(arguments.init_from)
-                distributed.same_everywhere({"--init-from": {"sha256": given.sha256}})
+            same_start(starting_weights(config.model), given)
     fingerprint = recorded_fingerprint(out)
     data = distributed.main_first(
         lambda: prepare(config.data, progress=distributed.is_main(), recorded=fingerprint),

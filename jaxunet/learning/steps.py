@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxunet.augmentation_config import STRENGTHS, Ranges
+from jaxunet.augmentation_config import Ranges
 from jaxunet.config import Config, ModelConfig, OptimizerConfig
 from jaxunet.learning.augment import Images, Masks, augment, example_keys, normalize, seed_key
 from jaxunet.learning.ignoring import counted_examples, counted_pixels
@@ -82,12 +82,15 @@ class Recipe:
     """What evaluation and prediction divide the logit of the averaged probability by."""
 
 
-def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
+def make_recipe(
+    config: Config, total_steps: int | None = None, freeze_steps: int = 0
+) -> Recipe:
     """The functions that `config` names.
 
     Args:
         total_steps: length of the run, which the learning rate follows; None where nothing
             is learnt or only time counts: the rate then stays at its peak.
+        freeze_steps: how many first steps `optimizer.freeze_epochs` are.
 
     Raises:
         ConfigError: the run is too short for its warm-up.
@@ -102,7 +105,7 @@ def make_recipe(config: Config, total_steps: int | None = None) -> Recipe:
         train.threshold,
         config.parts_per_step,
         total_steps,
-        round(config.optimizer.freeze_epochs * (total_steps or 0) / train.epochs),
+        freeze_steps,
         config.data.ignore_value is not None,
     )
 
@@ -163,8 +166,6 @@ def state_from_variables(recipe: Recipe, variables: Variables) -> TrainState:
 def varied(recipe: Recipe, step: Int[Array, ""], batch: Batch) -> tuple[Images, Masks]:
     """A shard's images and masks as the recipe varies them at `step`."""
     images, masks = batch["image"], batch["mask"]
-    if recipe.augment == STRENGTHS["none"]:
-        return images, masks
     places = jax.lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
     keys = example_keys(seed_key(recipe.seed), step, places)
     return augment(recipe.augment, keys, images, masks, batch["weight"] > 0, recipe.ignores)

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxunet.bars import say
-from jaxunet.config import Config, ModelConfig
+from jaxunet.bars import note, say
+from jaxunet.config import Config, DataConfig, ModelConfig
+from jaxunet.data.prepared import Prepared
+from jaxunet.devices.distributed import same_everywhere
 from jaxunet.errors import ConfigError, DataError, RunError
 from jaxunet.learning.steps import (
     Recipe,
@@ -19,7 +21,7 @@ from jaxunet.learning.steps import (
     make_recipe,
     state_from_variables,
 )
-from jaxunet.pretrained.starting import starting_weights, with_encoder
+from jaxunet.pretrained.starting import StartingWeights, starting_weights, with_encoder
 from jaxunet.runs.checkpoint import Checkpoints
 from jaxunet.runs.journal import Position
 
@@ -57,6 +59,29 @@ class Start:
     init_from: dict[str, Any] | None
 
 
+def say_what_both_splits_hold(data: Prepared, config: DataConfig) -> None:
+    """A warning if pictures to validate on are trained on."""
+    if both := data.shared(config.train_split, config.validation_split):
+        note(
+            f"warning: {both:,} pictures of data.validation_split {config.validation_split!r} "
+            f"are in data.train_split {config.train_split!r}, too: what is trained on scores "
+            "better than what is not."
+        )
+
+
+def same_start(pretrained: StartingWeights | None, given: Given | None) -> None:
+    """Make sure that every process has the same weights to start from.
+
+    Raises:
+        RunError: one differs from process 0; on every process, with the same message.
+    """
+    sha256 = {
+        "model.weights": pretrained.record["sha256"] if pretrained else "none",
+        "--init-from": given.sha256 if given else "none",
+    }
+    same_everywhere({"sha256": sha256})
+
+
 def start(
     recipe: Recipe, config: ModelConfig, given: Given | None = None, *, show: bool = False
 ) -> Start:
@@ -68,10 +93,13 @@ def start(
     Raises:
         ConfigError, DataError: `config.weights` can't be had; see `starting_weights`.
         DataError: nothing of `given` fits.
+        RunError: processes have other weights; see `same_start`.
     """
     state = jax.tree.map(np.asarray, init_state(recipe))
     variables, weights, record = state.variables, None, None
-    if pretrained := starting_weights(config):
+    pretrained = starting_weights(config)
+    same_start(pretrained, given)
+    if pretrained:
         variables, weights = with_encoder(variables, pretrained.variables), pretrained.record
     if given is not None:
         variables, record = with_fitting(variables, given, config)

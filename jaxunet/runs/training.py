@@ -27,7 +27,7 @@ from jaxunet.runs.evaluation import Evaluation, check_hosts, describe_split, eva
 from jaxunet.runs.journal import Journal, Position
 from jaxunet.runs.loading import compile_masks
 from jaxunet.runs.reporting import Outcome, write_figures, write_summary
-from jaxunet.runs.starting import Given, latest, start
+from jaxunet.runs.starting import Given, latest, say_what_both_splits_hold, start
 from jaxunet.runs.stopping import StopVote, stop_requests, stopped
 from jaxunet.runs.watching import NOT_WATCHED, Watch
 
@@ -71,6 +71,8 @@ class Trainer:
         self.show_progress = show_progress and is_main()
         if is_main():
             say_if_loops_are_off()
+        if self.show_progress:
+            say_what_both_splits_hold(data, config.data)
         self.strategy = make_strategy(parallel)
         self.own_strategy = make_strategy(parallel, jax.local_devices())
         feed = partial(Feed, self.strategy)
@@ -97,8 +99,9 @@ class Trainer:
             self.total_steps = self.position.steps_until(config.train.epochs)
             self.trace = watch.trace(run.path, self.step, self.total_steps, self.show_progress)
             self.recipe = make_recipe(config)  # for all but the learning rate
+            frozen = self.position.steps_until(config.optimizer.freeze_epochs)
             self.train_step = self.train_feed.compile(
-                partial(train_step, make_recipe(config, self.total_steps)),
+                partial(train_step, make_recipe(config, self.total_steps, frozen)),
                 outputs="replicated",
                 donate=True,
             )

@@ -30,6 +30,7 @@ from jaxunet.runs import training
 from jaxunet.runs.directory import RunDirectory
 from jaxunet.runs.evaluation import evaluate
 from jaxunet.runs.loading import load
+from jaxunet.runs.starting import Given
 
 
 class Recorded:
@@ -99,14 +100,22 @@ def compile_once() -> None:
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     config = from_dict(Config, job["config"])
-    of_the_data = config.data
+    of_the_data, weights = config.data, None
     if "differs" in job and jax.process_index() == job["differs"]["process"]:
-        of_the_data = replace(config.data, **job["differs"].get("data", {}))
-        config = replace(config, train=replace(config.train, **job["differs"].get("train", {})))
+        differs = job["differs"]
+        of_the_data = replace(config.data, **differs.get("data", {}))
+        config = replace(config, train=replace(config.train, **differs.get("train", {})))
+        if "weights" in differs:
+            weights = Given({}, "other.pth", differs["weights"], config.model)
     data = RecordedData(prepare(of_the_data, progress=False))
     with RunDirectory(Path(job["out"]), config, resume=job["resume"]) as run:
         trainer = training.Trainer(
-            config, data, run, parallel=job["parallel"], show_progress=False
+            config,
+            data,
+            run,
+            parallel=job["parallel"],
+            show_progress=False,
+            init_from=weights,
         )
         if "interrupt" in job:
             trainer.batches = Interrupted(trainer.batches, **job["interrupt"])

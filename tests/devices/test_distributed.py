@@ -280,6 +280,7 @@ def test_a_refused_run_directory_is_refused_on_every_process(groups, runs, confi
         ({"data": {"synthetic_train": EXAMPLES - 7}}, r"data\.counts\.train: 37 -> 30"),
         ({"data": {"synthetic_seed": 5}}, r"Differing: data\.fingerprint: '\w+' -> '\w+'\."),
         ({"train": {"seed": 5}}, r"Differing: config\.train\.seed: 0 -> 5\."),
+        ({"weights": "abc"}, r"Differing: sha256\.--init-from: 'none' -> 'abc'\."),
     ],
 )
 def test_a_host_that_differs_is_named_before_anything_hangs(

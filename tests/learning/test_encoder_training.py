@@ -18,6 +18,7 @@ from jaxunet.learning.augment import normalize
 from jaxunet.learning.optim import make_optimizer
 from jaxunet.learning.steps import init_state, make_recipe, predict_step, train_step
 from jaxunet.model.encoders.registry import ENCODERS
+from jaxunet.runs.journal import Position
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +112,12 @@ def test_the_encoders_rate_is_a_rate_of_its_own(name: str) -> None:
     assert [bool((w == 1).all()) for w in frozen] == [True] * 4 + [False] * 2
 
 
-def test_epochs_of_freezing_become_updates() -> None:
+def test_freezing_ends_with_its_epoch_when_others_have_another_length() -> None:
+    """Two epochs of 10 steps, then data of 1,000 steps an epoch."""
     config = Config(model=TINY, optimizer=OptimizerConfig(freeze_epochs=2))
-    optimizer = make_recipe(config, total_steps=50).optimizer  # 5 epochs of 10
+    position = Position(batches_per_epoch=1000, shift=1980)
+    lengths = [position.steps_until(epochs) for epochs in (5, 2)]
+    optimizer = make_recipe(config, *lengths).optimizer
     params = {"encoder": jnp.ones(1), "decoder": jnp.ones(1)}
     state = optimizer.init(params)
     moved = []

@@ -19,7 +19,7 @@ from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.interop.starting import weights_to_start_from
 from jaxunet.runs.evaluation import Evaluation
 from jaxunet.runs.loading import load
-from jaxunet.runs.starting import Given, with_fitting
+from jaxunet.runs.starting import Given, say_what_both_splits_hold, with_fitting
 from jaxunet.runs.training import Trainer, train
 
 
@@ -184,3 +184,10 @@ def test_a_runs_record_is_a_preset(config, first, tmp_path, monkeypatch):
     copied = tmp_path / "mine.json"
     copied.write_text(json.dumps({"config": to_dict(config)}))
     assert to_dict(preset(str(copied))) == to_dict(config)
+
+
+def test_validating_on_what_is_trained_on_is_said(data: Prepared, capsys):
+    say_what_both_splits_hold(data, DataConfig())
+    assert not capsys.readouterr().err
+    say_what_both_splits_hold(data, DataConfig(validation_split="train[-3:]+validation"))
+    assert "warning: 3 pictures of data.validation_split 'train[-3:]" in capsys.readouterr().err
