@@ -22,9 +22,10 @@ class ModelConfig:
     """Shape of the U-Net."""
 
     width: int = 64
-    """Channels at the first level; doubled at each level below."""
+    """Channels at the first level; doubled at each level below. Of the plain encoder alone:
+    others have channels of their own, and `decoder_width`."""
     depth: int = 5
-    """Number of levels, the bottom one included."""
+    """Number of levels, the bottom one included. Of the plain encoder alone."""
     num_logits: int = 1
     """Output channels: 1 (lesion) or 2 (background and lesion)."""
     norm: Literal["none", "batch", "group"] = "none"
@@ -84,17 +85,27 @@ class ModelConfig:
         require_at_least("model.depth", self.depth, 2)
         require(self.num_logits in (1, 2), "model.num_logits", self.num_logits, "1 or 2")
         require(
-            self.norm != "group" or self.width % min(8, self.width) == 0,
-            "model.width",
-            self.width,
+            self.norm != "group" or self.finest_width % self.norm_groups == 0,
+            "model.width" if self.encoder == "plain" else "model.decoder_width",
+            self.finest_width,
             "a multiple of 8 (or below 8) with model.norm 'group'",
         )
         require(
-            self.upsampling != "bilinear" or self.width % 2 == 0,
+            self.upsampling != "bilinear" or self.encoder != "plain" or self.width % 2 == 0,
             "model.width",
             self.width,
             "even with model.upsampling 'bilinear', which halves channels",
         )
+
+    @property
+    def finest_width(self) -> int:
+        """Channels of the decoder's finest level."""
+        return self.width if self.encoder == "plain" else self.decoder_width
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of channels that `norm` `group` normalises together."""
+        return min(8, self.finest_width)
 
     @property
     def least_image_size(self) -> int:

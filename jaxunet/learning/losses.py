@@ -158,7 +158,7 @@ def lovasz(logits: Logits, mask: Mask, *, counted: Counted | None = None) -> Per
         union = total + jnp.cumsum(1 - sorted_truth)
         loss = 1 - intersection / union
         gradient = jnp.diff(loss, prepend=0.0)
-        return jnp.dot(jax.nn.relu(errors[order]), jax.lax.stop_gradient(gradient))
+        return jnp.sum(jax.nn.relu(errors[order]) * jax.lax.stop_gradient(gradient))
 
     batch = len(logits)
     counts = None if counted is None else counted.reshape(batch, -1)

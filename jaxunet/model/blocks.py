@@ -94,7 +94,7 @@ def double_conv(
         if config.norm == "batch":
             x = BatchNorm(axis_name, name=f"norm_{i}")(x, weight, train=train)
         elif config.norm == "group":
-            groups = min(8, config.width)
+            groups = config.norm_groups
             norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=f"norm_{i}")
             x = norm(x.astype(jnp.float32)).astype(x.dtype)
         parts = [relu(x)]

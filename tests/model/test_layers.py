@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from jaxunet.model import layers
 from jaxunet.model.conv import conv3x3, conv3x3_joined
 from jaxunet.model.folding import columns, fold, fold_kernel, merge_columns, split_columns
-from jaxunet.model.layers import conv1x1, max_pool2x2, relu
+from jaxunet.model.layers import conv1x1, max_pool2x2, relu, relu6
 from jaxunet.model.up_conv import up_conv2x2
 
 
@@ -79,14 +79,15 @@ def test_max_pool_lets_nan_through(platform):
     np.testing.assert_array_equal(max_pool2x2(jnp.asarray(x))[0, :, :, 0], expected)
 
 
-def test_relu_and_its_gradient_are_pytorchs_at_zero_too(platform):
-    x = np.array([-np.inf, -2, -0.0, 0, 1e-30, 3, np.inf, np.nan], np.float32)
-    y, pull_back = jax.vjp(relu, jnp.asarray(x))
+@pytest.mark.parametrize(("ours", "theirs"), [(relu, F.relu), (relu6, F.relu6)])
+def test_relu_and_its_gradient_are_pytorchs_at_the_corners_too(ours, theirs, platform):
+    x = np.array([-np.inf, -2, -0.0, 0, 1e-30, 3, 6, 7, np.inf, np.nan], np.float32)
+    y, pull_back = jax.vjp(ours, jnp.asarray(x))
     tx = torch.from_numpy(x).requires_grad_()
-    ty = F.relu(tx)
-    ty.backward(torch.full((8,), 2.0))
+    ty = theirs(tx)
+    ty.backward(torch.full_like(tx, 2.0))
     np.testing.assert_array_equal(y, ty.detach().numpy())
-    found = pull_back(jnp.full(8, 2.0, jnp.float32))[0]
+    found = pull_back(jnp.full_like(x, 2.0))[0]
     np.testing.assert_array_equal(found[:-1], tx.grad[:-1])
 
 
