@@ -18,6 +18,7 @@ if sys.platform == "win32":
         "stores data in, has no build for Windows itself)."
     )
 
+from jaxunet.augmentation_config import AugmentationConfig
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.errors import ConfigError, DataError, JaxUNetError, RunError, Stopped
 
@@ -37,6 +38,7 @@ _LATER = {
 }
 
 __all__ = [
+    "AugmentationConfig",
     "Config",
     "ConfigError",
     "DataConfig",

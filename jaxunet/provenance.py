@@ -18,9 +18,9 @@ def disagreement(
 ) -> str | None:
     """None where the record fits what was found, else a sentence that names both.
 
-    Only what both sides state is compared, as records of older versions say less; None
-    states nothing. A fingerprint of another length is of another scheme and says nothing
-    either: then the counts decide.
+    At the first level only what both sides state is compared, as records of older versions say
+    less, and None states nothing; below it all is, and what one lacks is None. A fingerprint of
+    another length is of another scheme and says nothing either: then the counts decide.
 
     Args:
         record, found: nested mappings of plain values.
@@ -37,7 +37,6 @@ def _changes(
     record: Mapping[str, Any], found: Mapping[str, Any], where: str
 ) -> Iterator[tuple[str, str]]:
     """Full name of each field that differs, and `name: before -> after`."""
-    # Below the first level both sides are of one kind, and what one lacks it has none of.
     names = [name for name in (*record, *found) if where or (name in record and name in found)]
     for name in dict.fromkeys(names):
         before, after = record.get(name), found.get(name)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from jaxunet.config import ModelConfig
-from jaxunet.model.unet import make_unet
+from jaxunet.model.unet import count_parameters, make_unet
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ def size(config: ModelConfig, side: int) -> dict[str, float]:
     of `side` x `side` pixels. A multiplication and its addition count 2; who counts such a
     pair as one, as `thop` does for most papers on light models, has half of it."""
     shapes = _shapes(config, side, side)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     return {
-        "parameters": parameters,
+        "parameters": count_parameters(shapes["params"]),
         "gflops": sum(layer.flops for layer in _layers(shapes).values()) / 1e9,
     }
 

@@ -83,7 +83,8 @@ def augment(
     """Vary each real example by what its key draws from `ranges`.
 
     Masks are 0, 255 or `IGNORED` after it, or, where all is a flip, as they were. What
-    `ranges` leave out takes no time. Examples that are not real stay as they are.
+    `ranges` leave out takes no time. Examples that are not real stay as they are (a flip alone
+    turns them, too: they are zeros).
 
     Args:
         real: False for padding.
