@@ -1,6 +1,5 @@
 """Which of two runs is better: `python experiments/compare.py RUN_A RUN_B --split SPLIT`."""
 
-import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +10,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import tyro
 from command_line import parse, run_script
-from model_options import ModelOptions
+from model_options import ModelOptions, check_replaces
 from rich.console import Console
 from rich.table import Table
 
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import make_strategy
-from jaxunet.errors import DataError, RunError
+from jaxunet.errors import DataError
 from jaxunet.files import check_writable, write_json
 from jaxunet.inference import comparison
 from jaxunet.provenance import disagreement
@@ -110,20 +109,6 @@ def check_same(first: Scored, second: Scored, runs: tuple[Path, Path]) -> None:
         )
 
 
-def check_replaces(path: Path, runs: list[str]) -> None:
-    """Raise `RunError` if `path` holds the comparison of other runs."""
-    if path.exists():
-        try:
-            before = json.loads(path.read_bytes())["runs"]
-        except (ValueError, LookupError, TypeError):
-            before = "others"
-        if before != runs:
-            raise RunError(
-                f"{path} compares other runs ({before}). Move it away, or give --out another "
-                "folder."
-            )
-
-
 def main() -> None:
     arguments = parse(Arguments, "Compare two runs image by image.")
     first, second, split = arguments.first, arguments.second, arguments.split
@@ -132,7 +117,7 @@ def main() -> None:
         load_config(run)
     path = out / f"comparison-{second.resolve().name}-{arguments.file_name(split)}.json"
     runs = [str(run.resolve()) for run in (first, second)]
-    check_replaces(path, runs)
+    check_replaces(path, "runs", ", ".join(runs), lambda result: ", ".join(result["runs"]))
     check_writable(out, "--out" if arguments.out else "RUN_A")
     arguments.use_tuning((first, second))
     one, other = (Scored(run, arguments) for run in (first, second))
@@ -154,7 +139,8 @@ def main() -> None:
             **environment(),
         },
     )
-    names = (first.name, second.name) if first.name != second.name else ("first", "second")
+    names = (first.resolve().name, second.resolve().name)
+    names = names if names[0] != names[1] else ("first", "second")
     show(found, names, len(one.ids))
     picture = path.with_suffix(".png")
     rows = list(zip(one.rows(chosen), other.rows(chosen), strict=True))

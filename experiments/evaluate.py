@@ -1,9 +1,7 @@
 """Score a run, or several together: `python experiments/evaluate.py RUN --split SPLIT`."""
 
-import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ import jax
 import numpy as np
 import tyro
 from command_line import parse, print_scores, run_script
-from model_options import ModelOptions, needs_out
+from model_options import ModelOptions, check_replaces, needs_out, runs_of
 
 from jaxunet.bench import flops
 from jaxunet.config import Config, DataConfig
@@ -26,7 +24,7 @@ from jaxunet.data.sources import Pair
 from jaxunet.devices import distributed, tuning
 from jaxunet.devices.environment import command_line, environment
 from jaxunet.devices.strategies import Strategy, check_divisible, make_strategy
-from jaxunet.errors import ConfigError, DataError, RunError
+from jaxunet.errors import ConfigError, DataError
 from jaxunet.files import check_writable, write_atomically, write_json
 from jaxunet.inference.challenge import TOLERANCE, evaluate_native, originals, zip_masks
 from jaxunet.inference.pictures import MASK_SUFFIX
@@ -117,34 +115,8 @@ def choose_data(arguments: Arguments, own: DataConfig) -> tuple[DataConfig, bool
     return DataConfig(**vars(filled)), on_purpose
 
 
-def check_replaces(path: Path, what: str, here: str, read: Callable[[Any], str]) -> None:
-    """Scores of one folder of a user's own, or of some runs, are not put in place of another's.
-
-    Args:
-        what, here: what must be equal, in a word, and what it is now.
-        read: the same, from what is in `path`.
-
-    Raises:
-        RunError: `path` holds scores of another one.
-    """
-    if path.exists():
-        try:
-            before = read(json.loads(path.read_bytes()))
-        except (ValueError, LookupError, TypeError):
-            before = "unknown"
-        if before != here:
-            raise RunError(
-                f"{path} holds the scores of other {what} ({before}; these are of {here}). "
-                "Move it away, or give --out another folder."
-            )
-
-
 def fingerprint_of(result: Any) -> str:
     return str(result["dataset"]["fingerprint"])
-
-
-def runs_of(result: Any) -> str:
-    return ", ".join(each["run"] for each in result["runs"])
 
 
 def score_originals(
@@ -251,7 +223,8 @@ def main() -> None:
         )
     other = chosen.name if difference else None
     name = arguments.file_name(split, native=arguments.native, other=other)
-    path = out / f"evaluation-{name}.json"
+    off = "" if arguments.tolerance == TOLERANCE else f"-tolerance-{arguments.tolerance}"
+    path = out / f"evaluation-{name}{off}.json"
     how = arguments.described(model)
 
     def check_out() -> None:

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import tyro
 from command_line import parse, run_script
-from model_options import ModelOptions, RunOptions, needs_out
+from model_options import ModelOptions, RunOptions, check_replaces, needs_out, runs_of
 from rich.console import Console
 from rich.table import Table
 
@@ -78,11 +78,13 @@ def main() -> None:
     for run in runs:
         load_config(run)
     check_writable(out, "--out" if arguments.out else "RUN")
+    name = ModelOptions(checkpoint=arguments.checkpoint).file_name(split)
+    path = out / f"gains-{name}.json"
+    if arguments.out:
+        check_replaces(path, "runs", ", ".join(str(run.resolve()) for run in runs), runs_of)
     arguments.use_tuning(runs)
     found = gains(runs, arguments.checkpoint, split, make_strategy("pmap"))
     tuning.keep(runs[0])
-    name = ModelOptions(checkpoint=arguments.checkpoint).file_name(split)
-    path = out / f"gains-{name}.json"
     said = note(found)
     write_json(path, {**found, "note": said, "command": command_line(), **environment()})
     show(found)

@@ -1,6 +1,7 @@
 """Options of every script that applies trained runs, and the model that they ask for."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import jax
 from jaxunet.config import DataConfig
 from jaxunet.devices import tuning
 from jaxunet.devices.strategies import Strategy, make_strategy
-from jaxunet.errors import ConfigError
+from jaxunet.errors import ConfigError, RunError
 from jaxunet.learning.views import Views
 from jaxunet.runs.calibration import Auto, settle
 from jaxunet.runs.loading import TrainedModel, load
@@ -130,3 +131,29 @@ def needs_out(runs: Sequence[Path], out: Path | None) -> Path:
             "none of them: give --out a folder."
         )
     return out or runs[0]
+
+
+def check_replaces(path: Path, what: str, here: str, read: Callable[[Any], str]) -> None:
+    """Scores of some data, or of some runs, are not put in place of others'.
+
+    Args:
+        what, here: what must be equal, in a word, and what it is now.
+        read: the same, from what is in `path`.
+
+    Raises:
+        RunError: `path` holds scores of another one.
+    """
+    if path.exists():
+        try:
+            before = read(json.loads(path.read_bytes()))
+        except (ValueError, LookupError, TypeError):
+            before = "unknown"
+        if before != here:
+            raise RunError(
+                f"{path} holds the scores of other {what} ({before}; these are of {here}). "
+                "Move it away, or give --out another folder."
+            )
+
+
+def runs_of(result: Any) -> str:
+    return ", ".join(each["run"] for each in result["runs"])

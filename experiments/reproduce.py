@@ -1,11 +1,12 @@
 """The reference protocol, beside PyTorch: `reproduce.py --data.dir DIR [--against pytorch]`."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import statistics
 import sys
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from jaxunet.config_json import to_dict
 from jaxunet.data import Prepared, prepare
 from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
-from jaxunet.errors import ConfigError, DataError
+from jaxunet.errors import ConfigError, DataError, Stopped
 from jaxunet.files import check_writable, write_json
 from jaxunet.provenance import disagreement
 from jaxunet.runs.evaluation import describe_split
@@ -33,6 +34,8 @@ from jaxunet.runs.training import train
 
 REPORTED = {"dice": 0.8494, "iou": 0.7480}
 PROTOCOLS = ("batch_of_4", "per_image")
+SAME = ("config", "train", "validation", "versions", "devices", "tuning", "flags")
+"""What all seeds of one result have in common."""
 LABELS = {"pytorch": "PyTorch", "jaxunet": "jaxunet"}
 
 
@@ -46,7 +49,8 @@ class Arguments(tuning.Tuning, Config):
     seeds: tuple[int, ...] = (0,)
     """Seeds to repeat it with; more than one gives mean and spread."""
     resume: bool = False
-    """Keep the seeds that NAME.json has already, and train the others."""
+    """Keep the seeds that NAME.json has already, go on with the one that was stopped, and train
+    the others."""
     out: Path = field(default_factory=lambda: Path("experiments/results"))
     """Folder for NAME.json and NAME.png."""
     name: str = "reproduction"
@@ -57,13 +61,21 @@ class Arguments(tuning.Tuning, Config):
         return Config(self.data, self.model, self.optimizer, self.train)
 
 
-def train_jaxunet(config: Config, data: Prepared) -> dict[str, Any]:
-    """Train by the reference protocol with jaxunet's own loop, logging every step."""
+def train_jaxunet(config: Config, data: Prepared, run: Path) -> dict[str, Any]:
+    """Train by the reference protocol with jaxunet's own loop, logging every step.
+
+    Raises:
+        Stopped: a signal came; what `run` has is gone on with.
+    """
     config = replace(config, train=replace(config.train, log_every=1))
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        outcome = train(config, data, run)
-        lines = read_metrics(run / "metrics.jsonl")
+    try:
+        outcome = train(config, data, run, resume=True)
+    except Stopped as error:
+        raise Stopped(
+            f"Stopped in seed {config.train.seed}, which is saved: go on with --resume.",
+            error.signal,
+        ) from error
+    lines = read_metrics(run / "metrics.jsonl")
     validation = [line["values"] for line in lines if line["split"] == "validation"]
     train_lines = [line["values"] for line in lines if line["split"] == "train"]
     means = [v["epoch_mean_loss"] for v in train_lines if "epoch_mean_loss" in v]
@@ -90,6 +102,21 @@ def train_reference(config: Config, data: Prepared) -> dict[str, Any]:
     for epoch in result["epochs"]:
         epoch.pop("scores", None)
     return result
+
+
+def train_seed(config: Config, data: Prepared, kept: Path, *, pytorch: bool) -> dict[str, Any]:
+    """One seed's run with jaxunet and before it, if asked for, PyTorch's.
+
+    Args:
+        kept: folder of what is done of it; a later call goes on from there.
+    """
+    run: dict[str, Any] = {"seed": config.train.seed}
+    if pytorch:
+        done = kept / "pytorch.json"
+        if not done.exists():
+            write_json(done, train_reference(config, data))
+        run["pytorch"] = json.loads(done.read_bytes())
+    return {**run, "jaxunet": train_jaxunet(config, data, kept / "run")}
 
 
 def differences(runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -128,10 +155,9 @@ def trained_before(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
         raise DataError(
             f"{path} is no result of reproduce.py; leave out --resume, or give another --name."
         ) from error
-    same = ("config", "train", "validation", "versions", "devices", "tuning", "flags")
     changed = disagreement(
-        {name: record.get(name) for name in same},
-        json.loads(json.dumps({name: result[name] for name in same})),
+        {name: record.get(name) for name in SAME},
+        json.loads(json.dumps({name: result[name] for name in SAME})),
         recorded=f"{path}, which --resume is to go on with,",
         there="what is to be trained now",
         ignore=("config.data.dir", "config.data.prepared_dir"),
@@ -139,6 +165,17 @@ def trained_before(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     if changed:
         raise DataError(f"{changed} Leave out --resume, or give another --name.")
     return runs
+
+
+def unfinished(arguments: Arguments, seed: int, result: dict[str, Any]) -> Path:
+    """Folder for what is done of a seed, empty but with --resume; of another one's settings it
+    has another name."""
+    what = json.dumps({name: result[name] for name in SAME}, sort_keys=True)
+    digest = hashlib.sha256(what.encode()).hexdigest()[:8]
+    folder = arguments.out / f"{arguments.name}-seed-{seed}-{digest}"
+    if folder.exists() and not arguments.resume:
+        shutil.rmtree(folder)
+    return folder
 
 
 def check(arguments: Arguments) -> None:
@@ -241,12 +278,10 @@ def main() -> None:
         if seed in done:
             continue
         seeded = replace(config, train=replace(config.train, seed=seed))
-        run: dict[str, Any] = {"seed": seed}
-        if pytorch:
-            run["pytorch"] = train_reference(seeded, data)
-        run["jaxunet"] = train_jaxunet(seeded, data)
-        runs.append(run)
+        kept = unfinished(arguments, seed, result)
+        runs.append(train_seed(seeded, data, kept, pytorch=pytorch))
         save()  # after each seed: an interrupted run keeps the others
+        shutil.rmtree(kept)
     save()  # of seeds trained before, too
     curves: dict[str, list[float]] = {
         label: runs[0][name]["losses"] for name, label in LABELS.items() if name in runs[0]

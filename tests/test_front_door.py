@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 import jaxunet
-from jaxunet import Config, DataConfig, DataError, ModelConfig, TrainConfig
+from jaxunet import Config, DataConfig, DataError, ModelConfig, RunError, TrainConfig
 
 CONFIG = Config(
     data=DataConfig(image_size=16, synthetic_train=8, synthetic_validation=3),
@@ -68,6 +68,15 @@ def test_a_mask_is_that_of_the_predict_script(place):
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(DataError, match=r"float64\[2, 2\], but must be uint8"):
         model.predict(np.zeros((2, 2)))
+
+
+def test_a_model_that_overflows_gives_no_mask(place):
+    model = jaxunet.load(place / "runs" / "a")
+    vars(model)["_compiled"] = lambda x: np.full((*x.shape[:3], 1), np.nan, np.float32)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for ask in (model.predict, model.probabilities):
+        with pytest.raises(RunError, match="What the model makes of the picture is not finite"):
+            ask(picture)
 
 
 def test_scores_are_those_of_the_run(place):

@@ -16,6 +16,7 @@ from jaxunet.data.images import resize_image
 from jaxunet.data.prepare import prepare
 from jaxunet.devices.strategies import Strategy, make_strategy
 from jaxunet.errors import DataError
+from jaxunet.inference.prediction import checked, predict_image
 from jaxunet.learning.clean_up import clean_up
 from jaxunet.learning.views import Views
 from jaxunet.runs.calibration import Auto, settle
@@ -47,16 +48,12 @@ class Model:
 
         Raises:
             DataError: `image` is not uint8 `[height, width, 3]`.
+            RunError: a probability is not finite.
         """
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(
-                f"The picture is {image.dtype}{list(image.shape)}, but must be "
-                "uint8[height, width, 3]: PIL.Image.open(FILE).convert('RGB'), say."
-            )
-        side = self.config.data.image_size
-        small = self._compiled(resize_image(image, side, side)[np.newaxis])[0, :, :, 0]
-        size = (image.shape[1], image.shape[0])
+        picture, side = _picture(image), self.config.data.image_size
+        pixels = resize_image(picture, side, side)[np.newaxis]
+        small = checked(self._compiled, pixels, ["the picture"])[0, :, :, 0]
+        size = (picture.shape[1], picture.shape[0])
         return np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BILINEAR))
 
     def predict(
@@ -72,14 +69,29 @@ class Model:
 
         Raises:
             DataError: `image` is not uint8 `[height, width, 3]`.
+            RunError: a probability is not finite.
         """
-        lesion = self.probabilities(image) > self.trained.recipe.threshold
-        mask = np.where(lesion, 255, 0).astype(np.uint8)
+        mask = predict_image(
+            self._compiled,
+            _picture(image),
+            image_size=self.config.data.image_size,
+            threshold=self.trained.recipe.threshold,
+        )
         return clean_up(mask) if clean else mask
 
     @cached_property
     def _compiled(self) -> Probabilities:
         return compile_probabilities(_one_device(), self.trained.recipe, self.trained.variables)
+
+
+def _picture(image: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(
+            f"The picture is {image.dtype}{list(image.shape)}, but must be "
+            "uint8[height, width, 3]: PIL.Image.open(FILE).convert('RGB'), say."
+        )
+    return image
 
 
 Runs = Path | str | Sequence[Path | str]
@@ -143,8 +155,8 @@ def evaluate(
     data: DataConfig | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Score a run, or several together, on a split; what `evaluation-SPLIT.json` holds, but
-    no scores are written.
+    """Score a run, or several together, on a split: the scores as in `evaluation-SPLIT.json`,
+    and of which data. Nothing is written but what is `auto`.
 
     >>> jaxunet.evaluate("runs/a", "test")["scores"]["per_image"]["dice"]
 

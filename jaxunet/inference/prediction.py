@@ -62,7 +62,7 @@ def predict_image(
     """
     height, width, _ = image.shape
     small = resize_image(image, image_size, image_size)[np.newaxis]
-    probabilities = _probabilities(probabilities_fn, small, ["the picture"])
+    probabilities = checked(probabilities_fn, small, ["the picture"])
     return mask_at_size(probabilities[0, :, :, 0], height, width, threshold)
 
 
@@ -237,7 +237,7 @@ def predict_each(
             stacked = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
             stacked[: len(batch)] = [small.pixels for _, small in batch]
             names = [str(item) for item, _ in batch]
-            probabilities = _probabilities(probabilities_fn, stacked, names)[..., 0]
+            probabilities = checked(probabilities_fn, stacked, names)[..., 0]
             yield from finished()  # of the batch before, which went on meanwhile
             for (item, small), map_ in zip(batch, probabilities, strict=False):
                 finishing.append((item, pool.submit(complete, item, small, map_)))
@@ -285,7 +285,7 @@ def _read_ahead(
     yield from pending
 
 
-def _probabilities(
+def checked(
     probabilities_fn: ProbabilitiesFn, images: np.ndarray, names: Sequence[str]
 ) -> np.ndarray:
     """What the model gives, checked, as float32; `names` are of the images that count."""

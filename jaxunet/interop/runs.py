@@ -1,6 +1,5 @@
 """Run directories from PyTorch weights, and PyTorch weights from run directories."""
 
-import hashlib
 import json
 import math
 import os
@@ -75,7 +74,7 @@ def import_weights(weights: Path, out: Path, config: Config) -> tuple[Config, La
             checkpoints.close()
         record = {
             "weights": weights.name,
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "sha256": found.sha256,
             "dictionary": found.dictionary,
             "prefix": found.prefix,
             "left_out": found.left_out,

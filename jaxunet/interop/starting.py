@@ -37,6 +37,5 @@ def weights_to_start_from(source: Path) -> Given:
         config, variables, unusable = fitting_variables(found.state)
     except DataError as error:
         raise DataError(f"--init-from {source} can't be used. {error}") from error
-    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     left_over = (*unusable, *found.left_out)
-    return Given(variables, source.name, sha256, config, unusable=left_over)
+    return Given(variables, source.name, found.sha256, config, unusable=left_over)

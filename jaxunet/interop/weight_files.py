@@ -18,6 +18,7 @@ from jaxunet.errors import ConfigError, DataError, shown
 from jaxunet.files import write_atomically
 from jaxunet.interop.layouts import prefixes
 from jaxunet.interop.pickles import read_pickle, torch_module
+from jaxunet.pretrained.sources import digest
 from jaxunet.pretrained.tensors import (
     check_size,
     in_float32,
@@ -45,12 +46,14 @@ class Weights:
         dictionary: the key, or keys with dots between, of the dictionary they stood in.
         prefix: what stood before each name.
         left_out: entries of that dictionary without the prefix: no part of the network.
+        sha256: of the file.
     """
 
     state: State
     dictionary: str
     prefix: str
     left_out: list[str]
+    sha256: str
 
 
 def load_weights(path: Path) -> Weights:
@@ -87,7 +90,7 @@ def load_weights(path: Path) -> Weights:
     taken = {name[len(prefix) :]: values[name] for name in inside}
     check_size(path, contents, (value.nbytes for value in taken.values()))
     state = {name: _array(path, name, value) for name, value in taken.items()}
-    return Weights(state, where, prefix, left_out)
+    return Weights(state, where, prefix, left_out, digest(contents))
 
 
 def _is_tensor(value: Any) -> bool:

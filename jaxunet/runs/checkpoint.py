@@ -157,6 +157,14 @@ class Checkpoints:
         for old in set(steps[: -orbax.KEPT]) - {self._manager.best_step()}:
             self._manager.delete(old)
 
+    def forget_scores(self) -> None:
+        """They are of other data: none of these checkpoints is the best on the new ones."""
+        for step in self.steps():
+            scores = self.directory / str(step) / SCORES
+            if is_main() and scores.exists():
+                write_atomically(scores, "{}")
+        self.steps()  # read anew
+
     def wait(self) -> None:
         """Until what was saved is on disk."""
         on_main(self._wait, "saving a checkpoint")

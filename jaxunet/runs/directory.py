@@ -216,10 +216,11 @@ class RunDirectory:
             RunError: a run that has no checkpoint yet was to start from something else.
         """
         asked = self._record.get("init_from")
-        if asked and not init_from:
+        if asked and (not init_from or init_from["sha256"] != asked["sha256"]):
             raise RunError(
-                f"{self.path} was to start from {asked['source']} and has no checkpoint yet: "
-                "give --init-from again, or another --out."
+                f"{self.path} was to start from {asked['source']} (SHA-256 "
+                f"{asked['sha256'][:16]}...) and has no checkpoint yet: give --init-from that "
+                "again, or another --out."
             )
         self._weights, self._init_from = weights, init_from
 

@@ -32,7 +32,7 @@ def facts(run: Path) -> dict[str, Any]:
     """
     config, record = load_config(run), read_record(run)
     data, versions = recorded_dataset(record), record.get("versions", {})
-    known = config.data.name if "imported_from" not in data else None
+    known = config.data.name if "split" in data else None  # an import alone says of none
     described = f"{data.get('name')} {data.get('split')}, {data.get('count')} images"
     return {
         "use": WARNING,
@@ -49,7 +49,9 @@ def facts(run: Path) -> dict[str, Any]:
         "data": described if known else "not recorded",
         "licence": LICENCES[known][1],
         # What it began with may have another.
-        "licence_id": "other" if "init_from" in record else LICENCES[known][0],
+        "licence_id": "other"
+        if "init_from" in record or "imported_from" in data
+        else LICENCES[known][0],
         "results": _results(run, config.train.threshold),
     }
 

@@ -59,9 +59,9 @@ class Start:
     init_from: dict[str, Any] | None
 
 
-def say_what_both_splits_hold(data: Prepared, config: DataConfig) -> None:
+def say_what_both_splits_hold(data: Prepared, config: DataConfig, *, show: bool = True) -> None:
     """A warning if pictures to validate on are trained on."""
-    if both := data.shared(config.train_split, config.validation_split):
+    if show and (both := data.shared(config.train_split, config.validation_split)):
         note(
             f"warning: {both:,} pictures of data.validation_split {config.validation_split!r} "
             f"are in data.train_split {config.train_split!r}, too: what is trained on scores "

@@ -35,7 +35,7 @@ from jaxunet.runs.watching import NOT_WATCHED, Watch
 class Trainer:
     """One run, from where its directory stands to its last epoch.
 
-    What moves is `state`, `step` and `position`; all else stands once it is made.
+    What moves is `state`, `step`, `position` and `saved`; all else stands once it is made.
 
     Attributes:
         batches: those that are left to train on.
@@ -71,8 +71,7 @@ class Trainer:
         self.show_progress = show_progress and is_main()
         if is_main():
             say_if_loops_are_off()
-        if self.show_progress:
-            say_what_both_splits_hold(data, config.data)
+        say_what_both_splits_hold(data, config.data, show=self.show_progress)
         self.strategy = make_strategy(parallel)
         self.own_strategy = make_strategy(parallel, jax.local_devices())
         feed = partial(Feed, self.strategy)
@@ -134,6 +133,8 @@ class Trainer:
         """
         with self._close, closing(self.batches), closing(self.trace):
             self.run.write_config(at_risk=self.clock.now() - self.clock.started)
+            if self.other_data:
+                self.checkpoints.forget_scores()
             journal = Journal(
                 self.run.path,
                 self.config,

@@ -12,7 +12,7 @@ from typing import Any
 from jaxunet.bars import note
 from jaxunet.config import Config
 from jaxunet.config_json import to_dict
-from jaxunet.errors import ConfigError, RunError
+from jaxunet.errors import ConfigError, RunError, Stopped
 from jaxunet.files import write_atomically
 
 ID = "wandb-id.txt"  # in the run directory
@@ -100,10 +100,11 @@ class WandbLog:
             self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Send what is left; within the handling of an error, as the end of a failed run."""
+        """Send what is left; within the handling of an error, but for a stop, as the end of a
+        failed run."""
         if not self._works:
             return
-        failed = sys.exception() is not None
+        failed = not isinstance(sys.exception(), Stopped | None)
         with self._working():
             self._run.finish(exit_code=int(failed))
 

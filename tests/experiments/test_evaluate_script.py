@@ -211,7 +211,7 @@ def test_native_scores_are_of_the_masks_that_a_zip_holds_and_no_others(world, so
     with zipfile.ZipFile(world / "run" / "native-test.zip") as archive:
         assert archive.namelist() == [f"{n}_segmentation.png" for n in (10, 11, 12)]
     prepared = json.loads((world / "run" / "config.json").read_text())["dataset"]
-    found = written(world / "run", "native-test")
+    found = written(world / "run", "native-test-tolerance-1.5")
     assert found["dataset"]["fingerprint"] == prepared["fingerprint"]
     # The boundary's scores are those of the masks that were written.
     masks = [read_truth(stale.parent / f"{n}_segmentation.png") for n in (10, 11, 12)]
@@ -222,7 +222,7 @@ def test_native_scores_are_of_the_masks_that_a_zip_holds_and_no_others(world, so
         assert value == pytest.approx(column.mean())
         low, high = found["intervals"]["per_image"][name]
         assert low - 1e-9 <= value <= high + 1e-9
-        with (world / "run" / "evaluation-native-test.csv").open() as file:
+        with (world / "run" / "evaluation-native-test-tolerance-1.5.csv").open() as file:
             lines = [float(line[name]) for line in csv.DictReader(file)]
         assert lines == pytest.approx(column, abs=1e-6)
     assert found["tolerance"] == 1.5
@@ -343,7 +343,7 @@ def test_two_runs_are_compared_image_by_image(world, tmp_path):
     other = ["compare.py", tmp_path / "copy", *words[2:], "--out", tmp_path / "out"]
     status, output = run(other)
     assert status == 1
-    assert "comparison-copy-test.json compares other runs" in output
+    assert "comparison-copy-test.json holds the scores of other runs" in output
 
 
 def test_a_difference_is_that_of_both_scorings_and_a_picture_in_the_way_costs_no_scores(

@@ -14,7 +14,7 @@ from scripts import run as run_script
 from jaxunet.augmentation_config import AugmentationConfig
 from jaxunet.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxunet.data import prepare
-from jaxunet.errors import ConfigError, DataError, RunError
+from jaxunet.errors import ConfigError, DataError, RunError, Stopped
 from jaxunet.interop.pytorch_unet import make_pytorch_unet
 from jaxunet.interop.reproduction import FOLLOWED, check_followed, flips, train_pytorch
 from jaxunet.learning.augment import random_flip
@@ -148,6 +148,30 @@ def test_what_can_not_succeed_is_said_before_anything_is_trained(tmp_path, monke
     assert list((tmp_path / "new" / "results").iterdir()) == []
 
 
+def test_a_seed_that_was_stopped_is_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
+    reproduce = importlib.import_module("reproduce")
+    begun, config = [], Config(train=TrainConfig(seed=3))
+
+    def stopped(config: Config, data: object, run: Path, *, resume: bool) -> None:
+        begun.append((run, resume))
+        raise Stopped("Go on with --resume --out elsewhere.", 15)
+
+    monkeypatch.setattr(reproduce, "train", stopped)
+    monkeypatch.setattr(reproduce, "train_reference", lambda *_: {"trained": len(begun)})
+    arguments = reproduce.Arguments(data=config.data, resume=True, out=tmp_path)
+    result = dict.fromkeys(reproduce.SAME)
+    kept = reproduce.unfinished(arguments, 3, result)
+    for _ in range(2):
+        with pytest.raises(Stopped, match=r"^Stopped in seed 3, which is saved: go on with"):
+            reproduce.train_seed(config, None, kept, pytorch=True)
+    assert begun == 2 * [(kept / "run", True)]
+    assert json.loads((kept / "pytorch.json").read_bytes()) == {"trained": 0}
+    assert reproduce.unfinished(arguments, 3, result | {"flags": 1}) != kept
+    assert reproduce.unfinished(arguments, 3, result).exists()
+    assert not reproduce.unfinished(replace(arguments, resume=False), 3, result).exists()
+
+
 def test_a_design_without_a_pytorch_side_is_refused():
     with pytest.raises(ConfigError, match="Only the reference design"):
         make_pytorch_unet(ModelConfig(norm="batch"))
@@ -187,6 +211,7 @@ def test_the_script_prints_one_table_and_writes_every_seed(tmp_path, monkeypatch
     assert found["runs"][0]["jaxunet"]["losses"] != found["runs"][1]["jaxunet"]["losses"]
     assert found["versions"]["torch"]
     assert (tmp_path / "small.png").stat().st_size > 10_000
+    assert not list(tmp_path.glob("small-seed-*"))
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
     reproduce = importlib.import_module("reproduce")
     path = tmp_path / "small.json"

@@ -175,6 +175,10 @@ def test_an_imported_run_is_trained_on_and_exported(tmp_path):
     run = tmp_path / "run"
     config, _ = import_weights(save(model, tmp_path / "w.pth"), run, config)
     train(config, prepare(config.data, progress=False), run, resume=True, show_progress=False)
+    card = (run / "MODEL_CARD.md").read_text()
+    assert "- Data: synthetic train, 16 images (pictures drawn" in card
+    assert "- Start: imported from w.pth" in card
+    assert 'license: "other"' in card
     trained = load(run)
     assert trained.step == 4
     export_weights(run, tmp_path / "back.safetensors")

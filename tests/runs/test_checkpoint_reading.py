@@ -249,6 +249,18 @@ def test_what_orbax_cannot_read_is_named(read_only, folder, opened, monkeypatch)
     assert waited.count(REMOVAL) == read_only  # in case that it is being removed
 
 
+def test_what_was_best_on_other_data_is_not_the_best_any_more(folder, opened):
+    checkpoints = opened(folder, read_only=False)
+    assert checkpoints.step_of("best") == 1
+    checkpoints.forget_scores()
+    assert checkpoints.steps() == [1, 3, 4]
+    checkpoints.save(state(5), {"at": 5}, {"dice": 0.1})
+    checkpoints.save(state(6), {"at": 6}, {"dice": 0.05})
+    checkpoints.wait()
+    for each in (checkpoints, opened(folder)):
+        assert each.step_of("best") == 5
+
+
 def test_scores_that_cannot_be_read(folder, opened, capsys):
     (folder / "4" / "metrics" / "metrics").write_text("[]")
     before = tree(folder.parent)

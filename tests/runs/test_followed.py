@@ -1,5 +1,6 @@
 """What one sees of a run while it trains: its log's lines, wandb, a trace of its steps."""
 
+import contextlib
 import csv
 import importlib
 import importlib.util
@@ -18,7 +19,7 @@ import pytest
 
 from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxunet.data import Prepared, prepare
-from jaxunet.errors import ConfigError
+from jaxunet.errors import ConfigError, Stopped
 from jaxunet.runs import throughput, wandb_log
 from jaxunet.runs.metrics_table import COLUMNS, flat
 from jaxunet.runs.profiling import Trace, steps_of
@@ -219,3 +220,15 @@ def test_wandb_that_is_missing_or_knows_nobody_is_said_in_a_sentence(monkeypatch
     settings.mode = "offline"
     wandb_log.check()
     assert login.mock_calls == 2 * [mock.call(prompt=False, verify=True)]  # asks nobody
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 0), (Stopped("", 15), 0), (Stopped("", None), 0), (OSError(), 1)]
+)
+def test_wandb_takes_a_stop_for_no_failure(error: Exception | None, code: int):
+    log = object.__new__(wandb_log.WandbLog)
+    log._run, log._works = mock.Mock(), True
+    with contextlib.suppress(Exception), contextlib.closing(log):
+        if error:
+            raise error
+    log._run.finish.assert_called_once_with(exit_code=code)

@@ -104,8 +104,11 @@ def test_a_run_without_a_checkpoint_starts_from_the_same_weights_or_not_at_all(
         patch.setattr(Trainer, "_train", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, data, run, init_from=given, show_progress=False)
-    with pytest.raises(RunError, match=r"was to start from .*first.*give --init-from again"):
+    with pytest.raises(RunError, match=r"was to start from .*first.*give --init-from that again"):
         train(config, data, run, resume=True, show_progress=False)
+    other = replace(given, sha256="0" * 64)
+    with pytest.raises(RunError, match=r"was to start from .*first \(SHA-256"):
+        train(config, data, run, resume=True, init_from=other, show_progress=False)
     train(config, data, run, resume=True, init_from=given, show_progress=False)
     assert record(run)["sha256"] == given.sha256
     card = (run / "MODEL_CARD.md").read_text()
