@@ -1,4 +1,5 @@
-"""Named configurations. Each docstring holds the command, the time and the score to expect."""
+"""Named configurations. Each docstring holds the command, and the time and the score to expect
+where they were measured."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,9 @@ def demo() -> Config:
     """A small U-Net on synthetic pictures, for a first look on any machine.
 
     python experiments/train.py
+
+    It takes about a minute on two cores and gives a validation Dice of 0.942, IoU 0.893
+    (experiments/results/demo.json).
     """
     return Config(
         data=DataConfig(name="synthetic", image_size=96),
@@ -30,7 +34,9 @@ def reference() -> Config:
 
     python experiments/train.py reference --data.dir ISIC2018
 
-    The reference reports Dice 0.8494 and IoU 0.7480 on the 100 official validation images.
+    The reference reports Dice 0.8494 and IoU 0.7480 on the 100 official validation images. On
+    2,000 pairs one NVIDIA H100 took 88 s and gave, on 100 others, 0.826 and 0.720 by the same
+    protocol; PyTorch beside it 0.831 and 0.727 (experiments/results/gpu-reproduction-seed0.json).
     """
     return Config(
         data=DataConfig(name="isic2018", image_size=256),
@@ -44,6 +50,9 @@ def narrow() -> Config:
     """The reference design at a quarter of its width and half its size, for a CPU.
 
     python experiments/train.py narrow --data.dir ISIC2018
+
+    2,000 pairs gave a validation Dice of 0.857, IoU 0.769
+    (experiments/results/isic2018-narrow.json; one seed).
     """
     return Config(
         data=DataConfig(name="isic2018", image_size=128),

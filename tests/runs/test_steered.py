@@ -104,7 +104,9 @@ def test_a_run_without_a_checkpoint_starts_from_the_same_weights_or_not_at_all(
         patch.setattr(Trainer, "_train", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, data, run, init_from=given, show_progress=False)
-    with pytest.raises(RunError, match=r"was to start from .*first.*give --init-from that again"):
+    with pytest.raises(
+        RunError, match=r"was to start from .*first.*give --init-from that again"
+    ):
         train(config, data, run, resume=True, show_progress=False)
     other = replace(given, sha256="0" * 64)
     with pytest.raises(RunError, match=r"was to start from .*first \(SHA-256"):
