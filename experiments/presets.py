@@ -34,9 +34,9 @@ def reference() -> Config:
 
     python experiments/train.py reference --data.dir ISIC2018
 
-    The reference reports Dice 0.8494 and IoU 0.7480 on the 100 official validation images. On
-    2,000 pairs one NVIDIA H100 took 88 s and gave, on 100 others, 0.826 and 0.720 by the same
-    protocol; PyTorch beside it 0.831 and 0.727 (experiments/results/gpu-reproduction-seed0.json).
+    The reference reports Dice 0.8494 and IoU 0.7480 on the 100 official validation images. One
+    NVIDIA H100 took 88 s for 2,000 pairs and gave on 100 others 0.826 and 0.720 by the same
+    protocol, PyTorch 0.831 and 0.727 (experiments/results/gpu-reproduction-seed0.json).
     """
     return Config(
         data=DataConfig(name="isic2018", image_size=256),
