@@ -241,8 +241,7 @@ def make_pytorch_products(shape: tuple[int, ...], dtype: str) -> dict[str, Conte
         def run(steps: int) -> None:
             for _ in range(steps):
                 function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            _wait(device)
 
         run(1)
         return run
