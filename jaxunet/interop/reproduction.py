@@ -23,7 +23,7 @@ from jaxunet.data.sampler import PADDING, BatchSampler
 from jaxunet.devices import tuning
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
-from jaxunet.interop.pytorch_unet import make_pytorch_unet
+from jaxunet.interop.pytorch_unet import counts_and_losses, make_pytorch_unet
 from jaxunet.learning.augment import example_keys, seed_key
 from jaxunet.learning.metrics import scores
 from jaxunet.learning.optim import make_schedule
@@ -194,17 +194,9 @@ def _evaluate(model: torch.nn.Module, split: Split, config: Config) -> dict[str,
     counts, losses = [], []
     for number in range(order.batches_per_epoch):
         images, masks = _batch(split, order.indices(number))
-        logits = model(images)
-        prediction, truth = logits.sigmoid() > config.train.threshold, masks > 0
-        pairs = (
-            prediction & truth,
-            prediction & ~truth,
-            ~prediction & truth,
-            ~prediction & ~truth,
-        )
-        counts.append(torch.stack([pair.sum((1, 2, 3)) for pair in pairs], dim=1).cpu().numpy())
-        each = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-        losses.append(each.mean((1, 2, 3)).cpu().numpy())
+        found = counts_and_losses(model(images), masks > 0, config.train.threshold)
+        counts.append(found[0].cpu().numpy())
+        losses.append(found[1].cpu().numpy())
     return {
         "loss": float(np.concatenate(losses).astype(np.float64).mean()),
         "scores": scores(np.concatenate(counts)),
