@@ -14,7 +14,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
 import jax
-from command_line import parse, run_script
+from command_line import Configured, parse, run_script
 
 from jaxunet.bench.card import card, cudnn_version, share_memory, use_tf32
 from jaxunet.bench.exported import config_of, measure_exported
@@ -28,7 +28,7 @@ from jaxunet.bench.race import measure_steps
 from jaxunet.bench.rounds import describe, time_rounds
 from jaxunet.bench.setting import Setting, Timing
 from jaxunet.bench.tables import show, title
-from jaxunet.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxunet.config import DataConfig, ModelConfig, TrainConfig
 from jaxunet.config_json import to_dict
 from jaxunet.devices import tuning
 from jaxunet.devices.environment import command_line, environment
@@ -64,7 +64,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Arguments(tuning.Tuning, Timing, Config):
+class Arguments(tuning.Tuning, Timing, Configured):
     sweep: Sweep = field(default_factory=Sweep)
     parallel: Literal["pmap", "jit"] = "pmap"
     """How steps are spread over devices."""
@@ -77,10 +77,6 @@ class Arguments(tuning.Tuning, Timing, Config):
     """Folder for NAME.json and NAME.png."""
     name: str = "benchmark"
     """Name of the two files."""
-
-    @property
-    def config(self) -> Config:
-        return Config(self.data, self.model, self.optimizer, self.train)
 
 
 def settings(arguments: Arguments) -> list[Setting]:

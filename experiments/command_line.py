@@ -38,6 +38,15 @@ class OfRun:
     resume: bool = False
 
 
+@dataclass(frozen=True)
+class Configured(Config):
+    """Options of a script, those of a configuration among them."""
+
+    @property
+    def config(self) -> Config:
+        return Config(self.data, self.model, self.optimizer, self.train)
+
+
 def parse(kind: type[T], description: str, default: Any = None, args: Any = None) -> T:
     """The command line as an instance of the dataclass `kind`; `--help` explains it.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
-from command_line import parse, preset, run_script, take_preset
+from command_line import Configured, parse, preset, run_script, take_preset
 
 from jaxunet.bench.estimate import ESTIMATE, estimate, largest_batch, points_of, weak_scaling
 from jaxunet.bench.estimate_figures import draw
@@ -24,7 +24,7 @@ from jaxunet.files import check_writable, write_json
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
+class Arguments(Configured):
     topology: tuple[str, ...] = ("v5e:2x2",)
     """TPU slices (v5e:2x2, v6e:4x4, v5p:2x2x1) or GPUs of a host (h100:1 to h100:8). With
     several, each chip computes as many images as on the first: train.batch-size is for that."""
@@ -43,10 +43,6 @@ class Arguments(Config):
     """Folder for NAME.json and NAME.png."""
     name: str = "ahead"
     """Name of the two files."""
-
-    @property
-    def config(self) -> Config:
-        return Config(self.data, self.model, self.optimizer, self.train)
 
 
 def settings(arguments: Arguments) -> list[tuple[Topology, Config]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
-from command_line import parse, run_script
+from command_line import Configured, parse, run_script
 from presets import reference
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +40,7 @@ LABELS = {"pytorch": "PyTorch", "jaxunet": "jaxunet"}
 
 
 @dataclass(frozen=True)
-class Arguments(tuning.Tuning, Config):
+class Arguments(tuning.Tuning, Configured):
     against: Literal["nothing", "pytorch"] = "nothing"
     """Also train the reference in PyTorch on the same weights, order and flips. It takes its
     images from the device's memory; --data.cache device has jaxunet do so too."""
@@ -55,10 +55,6 @@ class Arguments(tuning.Tuning, Config):
     """Folder for NAME.json and NAME.png."""
     name: str = "reproduction"
     """Name of the two files."""
-
-    @property
-    def config(self) -> Config:
-        return Config(self.data, self.model, self.optimizer, self.train)
 
 
 def train_jaxunet(config: Config, data: Prepared, run: Path) -> dict[str, Any]:

@@ -8,10 +8,17 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
 
-from command_line import look_ahead, parse, preset, print_scores, run_script, take_preset
+from command_line import (
+    Configured,
+    look_ahead,
+    parse,
+    preset,
+    print_scores,
+    run_script,
+    take_preset,
+)
 from presets import PRESETS
 
-from jaxunet.config import Config
 from jaxunet.data import prepare
 from jaxunet.devices import distributed, tuning
 from jaxunet.devices.startup import STARTED
@@ -34,7 +41,7 @@ from jaxunet.runs.watching import Watch
 
 
 @dataclass(frozen=True)
-class Arguments(tuning.Tuning, Config):
+class Arguments(tuning.Tuning, Configured):
     out: Path | None = None
     """Run directory to write (none: runs/PRESET)."""
     resume: bool = False
@@ -58,10 +65,6 @@ class Arguments(tuning.Tuning, Config):
     """How steps are spread over devices; both compute the same."""
     distributed: bool = False
     """Be one of several processes, each started with this same command; see the README."""
-
-    @property
-    def config(self) -> Config:
-        return Config(self.data, self.model, self.optimizer, self.train)
 
 
 def seconds_of(text: str) -> float:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxunet.bench.program import KINDS, Operation, collectives, operations
-from jaxunet.bench.setting import network_of
+from jaxunet.bench.setting import Setting
 from jaxunet.bench.steps import MODES, Mode, arguments_of, step_flops, step_of
 from jaxunet.config import Config
 from jaxunet.devices.ahead import Topology
@@ -46,7 +46,7 @@ def estimate(
         `step_seconds` with its parts by kind, `images_per_second`, `share_of_peak` and
         the `dearest` operations; on a TPU also `estimated_cycles` and `by_kind` in cycles.
     """
-    count, batch_size = len(topology.devices), config.train.batch_size
+    count = len(topology.devices)
     if config.parts_per_step > 1:
         raise ConfigError(
             "The parts of a batch are one loop, whose turns the compiler does not count: leave "
@@ -55,15 +55,8 @@ def estimate(
     point: dict[str, Any] = {
         "setting": {
             "topology": topology.name,
-            "devices": count,
-            "parallel": parallel,
-            "batch_size": batch_size,
-            "batch_size_per_device": batch_size // count,
-            "image_size": config.data.image_size,
-            "network": network_of(config.model),
-            "width": config.model.width,
-            "dtype": config.model.dtype,
-            "remat": config.model.remat,
+            **Setting(config, parallel, count).record(),
+            "batch_size_per_device": config.train.batch_size // count,
         },
         "chip": vars(topology.chip),
     }

@@ -10,14 +10,14 @@ from jaxunet.bench.program import KINDS
 from jaxunet.bench.steps import MODES
 
 
-def show(result: dict[str, Any], *, dearest: int = 20) -> None:
+def show(result: dict[str, Any]) -> None:
     """Every point's costs, the first training step's dearest operations, and what follows."""
     points = result["points"]
     console = Console(width=max(120, Console().width))
     console.print(_costs(points))
     for point in points[:1]:
         if "dearest" in point.get("train", {}):
-            console.print(_dearest(point, dearest))
+            console.print(_dearest(point))
     if result.get("weak_scaling"):
         console.print(_scaling(result["weak_scaling"]))
     for row in result.get("largest_batch", []):
@@ -88,12 +88,12 @@ def _costs(points: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _dearest(point: dict[str, Any], count: int) -> Table:
+def _dearest(point: dict[str, Any]) -> Table:
     title = f"The dearest of the train step, {name_of(point)}: {ESTIMATE}"
     table = Table(title=title, title_justify="left")
     for column in ("ms", "kind", "layer", "pass", "result"):
         table.add_column(column, justify="right" if column == "ms" else "left")
-    for each in point["train"]["dearest"][:count]:
+    for each in point["train"]["dearest"]:
         shape = each["shape"].split("{")[0].lstrip("(")
         way = ("backward" if each["backward"] else "forward") if each["layer"] else ""
         table.add_row(f"{1e3 * each['seconds']:.3f}", each["kind"], each["layer"], way, shape)

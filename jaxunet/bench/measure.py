@@ -10,7 +10,15 @@ import numpy as np
 from jaxunet.augmentation_config import STRENGTHS, Strength
 from jaxunet.bench.feeding import Training, make_pipeline
 from jaxunet.bench.products import convolutions, make_products
-from jaxunet.bench.rounds import Contestant, describe, exponent, ratio, spread, time_rounds
+from jaxunet.bench.rounds import (
+    Contestant,
+    describe,
+    exponent,
+    ratio,
+    repeated,
+    spread,
+    time_rounds,
+)
 from jaxunet.bench.setting import Setting, Timing
 from jaxunet.bench.steps import initial_state, make_step, random_batch
 from jaxunet.config import Config
@@ -67,7 +75,7 @@ def measure_augmentation(setting: Setting, timing: Timing) -> dict[str, Any]:
     for strength in STRENGTHS:
         if strength != "none":
             vary = partial(varied, make_recipe(at(strength)))
-            contestants[strength] = _repeated(
+            contestants[strength] = repeated(
                 strategy.compile(vary, outputs="split"), step, batch
             )
     times = time_rounds(contestants, timing.rounds, timing.seconds)
@@ -78,16 +86,6 @@ def measure_augmentation(setting: Setting, timing: Timing) -> dict[str, Any]:
         }
         for name in contestants
     }
-
-
-def _repeated(program: Any, *arguments: Any) -> Contestant:
-    def run(times: int) -> None:
-        for _ in range(times):
-            result = program(*arguments)
-        jax.block_until_ready(result)
-
-    run(1)
-    return run
 
 
 def measure_loops(setting: Setting, timing: Timing) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Matrix products and 3x3 convolutions by themselves, as contestants."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxunet.bench.flops import layers
-from jaxunet.bench.rounds import Contestant, spread, time_rounds
+from jaxunet.bench.rounds import Contestant, repeated, spread, time_rounds
 from jaxunet.config import Config
 from jaxunet.model.conv import conv3x3
 
@@ -25,14 +24,7 @@ def matmul_rate(dtype: str, device: jax.Device, seconds: float) -> dict[str, Any
     for size in sizes:
         key = jax.random.key(0)
         x = jax.device_put(jax.random.normal(key, (size, size), jnp.dtype(dtype)), device)
-
-        def run(steps: int, x: jax.Array = x) -> None:
-            for _ in range(steps):
-                result = product(x, x)
-            result.block_until_ready()
-
-        run(1)
-        times = time_rounds({"product": run}, 5, seconds)["product"]
+        times = time_rounds({"product": repeated(product, x, x)}, 5, seconds)["product"]
         rate = 2 * size**3 / spread(times)["median"]
         best = max(best, (rate, size))
     return {"flops_per_second": best[0], "size": best[1], "dtype": dtype}
@@ -75,19 +67,8 @@ def make_products(shape: tuple[int, ...], dtype: str) -> dict[str, Contestant]:
     def kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda kernel: conv3x3(x, kernel), kernel)[1](dy)[0]
 
-    def contestant(function: Callable[..., jax.Array], *arguments: jax.Array) -> Contestant:
-        compiled = jax.jit(function)
-
-        def run(steps: int) -> None:
-            for _ in range(steps):
-                result = compiled(*arguments)
-            result.block_until_ready()
-
-        run(1)
-        return run
-
     return {
-        "forward": contestant(conv3x3, x, kernel),
-        "input_gradient": contestant(input_gradient, x, kernel, dy),
-        "kernel_gradient": contestant(kernel_gradient, x, kernel, dy),
+        "forward": repeated(jax.jit(conv3x3), x, kernel),
+        "input_gradient": repeated(jax.jit(input_gradient), x, kernel, dy),
+        "kernel_gradient": repeated(jax.jit(kernel_gradient), x, kernel, dy),
     }

@@ -19,6 +19,7 @@ from jaxunet.bench.steps import Mode, random_batch
 from jaxunet.config import Config
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch_encoders import load_variables, make_pytorch_model
+from jaxunet.interop.pytorch_unet import counts_and_losses
 from jaxunet.model.encoders.registry import ENCODERS, PerChannel
 
 T = TypeVar("T")
@@ -172,12 +173,8 @@ def _make(
         return F.binary_cross_entropy_with_logits(forward(images), (masks > 0).float())
 
     def scored(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        logits, truth = forward(images), masks > 0
-        found = logits.sigmoid() > config.train.threshold
-        pairs = (found & truth, found & ~truth, ~found & truth, ~found & ~truth)
-        counts = torch.stack([pair.sum((1, 2, 3)) for pair in pairs], dim=1)
-        each = F.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none")
-        return torch.cat([counts, each.mean((1, 2, 3))[:, None]], dim=1)
+        found = counts_and_losses(forward(images), masks > 0, config.train.threshold)
+        return torch.column_stack(found)
 
     def probabilities(images: torch.Tensor) -> torch.Tensor:
         return forward(images).sigmoid()
@@ -241,8 +238,7 @@ def make_pytorch_products(shape: tuple[int, ...], dtype: str) -> dict[str, Conte
         def run(steps: int) -> None:
             for _ in range(steps):
                 function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            _wait(device)
 
         run(1)
         return run

@@ -8,10 +8,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 Contestant = Callable[[int], None]
 """Does as many steps as it is told, and returns when the last one is finished."""
+
+
+def repeated(program: Callable[..., Any], *arguments: Any) -> Contestant:
+    """Calls of a JAX program, warm."""
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            result = program(*arguments)
+        jax.block_until_ready(result)
+
+    run(1)
+    return run
 
 
 def time_rounds(

@@ -61,7 +61,7 @@ class Feed:
     def fill(self) -> None:
         """Put the whole split on the devices if it is to lie there; before the first step."""
         if self._from_device and self._on_devices is None:
-            whole = _read_all(self.source, self.config, self._progress)
+            whole = read_all(self.source, self.config, self._progress)
             self._on_devices = self.strategy.replicate(whole)
 
     def __len__(self) -> int:
@@ -125,6 +125,25 @@ class _FromDevice:
         return self.compiled(replicated, batch, self._feed._on_devices)
 
 
+def read_all(source: DataSource, config: DataConfig, progress: bool) -> HostBatch:
+    """All examples in the dataset's order, decoded and resized."""
+    order = BatchSampler(len(source), min(READ_AT_ONCE, len(source)))
+    reader = BatchReader(source, order, config.image_size)
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = list(
+            Bar(
+                "read",
+                order.batches_per_epoch,
+                pool.map(reader, range(order.batches_per_epoch)),
+                show=progress,
+            )
+        )
+    return {
+        name: np.concatenate([part[name] for part in parts])[: len(source)]
+        for name in ("image", "mask")
+    }
+
+
 def gather(split: Any, batch: Any) -> Any:
     """The images and masks of a whole split that a batch of indices asks for.
 
@@ -159,22 +178,3 @@ def _check_fits(count: int, side: int) -> None:
             f"px) on a device of {limit / 1e6:,.0f} MB; use 'host', or a smaller "
             "data.image_size."
         )
-
-
-def _read_all(source: DataSource, config: DataConfig, progress: bool) -> HostBatch:
-    """All examples in the dataset's order, decoded and resized."""
-    order = BatchSampler(len(source), min(READ_AT_ONCE, len(source)))
-    reader = BatchReader(source, order, config.image_size)
-    with ThreadPoolExecutor(THREADS) as pool:
-        parts = list(
-            Bar(
-                "read",
-                order.batches_per_epoch,
-                pool.map(reader, range(order.batches_per_epoch)),
-                show=progress,
-            )
-        )
-    return {
-        name: np.concatenate([part[name] for part in parts])[: len(source)]
-        for name in ("image", "mask")
-    }

@@ -6,10 +6,11 @@ given or gives back on the host is this process's part: the whole for replicated
 its own rows for split ones.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -22,22 +23,23 @@ Step = Callable[..., Any]
 Outputs = Literal["replicated", "split"]
 
 
-@runtime_checkable
-class Strategy(Protocol):
-    """A way to run steps on several devices."""
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """A way to run steps on `devices`, those of all processes.
 
-    @property
-    def devices(self) -> Sequence[jax.Device]:
-        """Those of all processes."""
-        ...
+    Replicated arrays are whole on each device; the parts of split ones follow its order.
+    """
 
-    def replicate(self, tree: Any) -> Any:
-        """Copy host arrays to every device; never aliases them."""
-        ...
+    devices: Sequence[jax.Device]
+    _compile: ClassVar[Callable[..., Step]]
 
+    @abstractmethod
     def split(self, batch: Any) -> Any:
         """Place this process's rows of a global batch on its devices."""
-        ...
+
+    @abstractmethod
+    def gather(self, tree: Any) -> Any:
+        """This process's rows of split outputs, as NumPy arrays."""
 
     def compile(
         self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
@@ -51,41 +53,6 @@ class Strategy(Protocol):
             donate: give the step the memory of its first argument.
             constants: how many more replicated arguments there are; they are never donated.
         """
-        ...
-
-    def fetch(self, tree: Any) -> Any:
-        """Replicated outputs as NumPy arrays of their own memory."""
-        ...
-
-    def gather(self, tree: Any) -> Any:
-        """This process's rows of split outputs, as NumPy arrays."""
-        ...
-
-    def outline(self, replicated: Any, batch: Any) -> tuple[Any, Any]:
-        """Shapes and places of a step's arguments, to compile it where no device is.
-
-        Args:
-            replicated, batch: trees of arrays or shapes; the batch is the global one.
-
-        Returns:
-            What `replicate` and `split` would give if all devices were this process's.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class _Placement:
-    """Where arrays lie: what both strategies have in common.
-
-    Replicated arrays are whole on each device; the parts of split ones follow its order.
-    """
-
-    devices: Sequence[jax.Device]
-    _compile: ClassVar[Callable[..., Step]]
-
-    def compile(
-        self, step: Step, *, outputs: Outputs, donate: bool = False, constants: int = 0
-    ) -> Step:
         options = (tuple(self.devices), outputs, (0,) if donate else (), constants)
         if isinstance(step, partial) and step.args and isinstance(step.args[0], Recipe):
             return _compiled_partial(self._compile, step.func, step.args, options)
@@ -114,6 +81,8 @@ class _Placement:
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
     def replicate(self, tree: Any) -> Any:
+        """Copy host arrays to every device; never aliases them."""
+
         def copy(x: Any) -> jax.Array:
             parts = [x] * len(self._local)
             return self._assemble(PartitionSpec(), self.devices, np.shape(x), parts)
@@ -121,9 +90,18 @@ class _Placement:
         return jax.tree.map(copy, tree)
 
     def fetch(self, tree: Any) -> Any:
+        """Replicated outputs as NumPy arrays of their own memory."""
         return jax.tree.map(lambda x: _to_host(x.addressable_shards[0].data), tree)
 
     def outline(self, replicated: Any, batch: Any) -> tuple[Any, Any]:
+        """Shapes and places of a step's arguments, to compile it where no device is.
+
+        Args:
+            replicated, batch: trees of arrays or shapes; the batch is the global one.
+
+        Returns:
+            What `replicate` and `split` would give if all devices were this process's.
+        """
         mesh = Mesh(np.asarray(self.devices), (AXIS,))
 
         def at(spec: PartitionSpec, x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -142,7 +120,7 @@ class _Placement:
         return (count,)
 
 
-class Pmap(_Placement):
+class Pmap(Strategy):
     """`jax.pmap`: split arrays carry a leading axis of devices, replicated ones do not.
 
     JAX keeps pmap but develops it no further, and recommends `jax.shard_map`; since 0.10 pmap
@@ -183,7 +161,7 @@ class Pmap(_Placement):
         return len(self.devices), count // len(self.devices)
 
 
-class ShardMap(_Placement):
+class ShardMap(Strategy):
     """`jax.jit` of `jax.shard_map` over a one-dimensional mesh."""
 
     def split(self, batch: Any) -> Any:

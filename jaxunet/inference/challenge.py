@@ -5,7 +5,6 @@ The challenge scores masks at each image's own size, with lesion where above 128
 """
 
 import io
-import re
 import sys
 import tempfile
 import zipfile
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from jaxunet.bars import Bar
 from jaxunet.config import IGNORED, DataConfig
 from jaxunet.data import isic2018
-from jaxunet.data.check import LISTED, decode_mask, report, sizes_differ
-from jaxunet.data.images import decoded, read_image
+from jaxunet.data.check import decode_mask, report, sizes_differ
+from jaxunet.data.images import read_image
 from jaxunet.data.locate import locate
 from jaxunet.data.sources import Pair
 from jaxunet.errors import DataError
@@ -71,18 +70,6 @@ def originals(config: DataConfig, split: str) -> tuple[list[Pair], dict[str, Any
         official_counts=isic2018.OFFICIAL_COUNTS if config.name == "isic2018" else {},
     )
     return source.splits[split], dataset
-
-
-def read_truth(path: Path | str, contents: bytes | None = None) -> Bool[np.ndarray, "h w"]:
-    """A mask as the challenge's scorer reads it: single-channel, lesion where above 128.
-
-    Raises:
-        DataError: it is no readable single-channel image.
-    """
-    with decoded(Path(path) if contents is None else contents, str(path)) as (image, label, _):
-        if image.mode not in ("1", "L"):
-            raise DataError(f"{label} has mode {image.mode}, but must be greyscale.")
-        return np.asarray(image.convert("L")) > LESION_ABOVE
 
 
 def evaluate_native(
@@ -156,53 +143,6 @@ def evaluate_native(
     counts, boundaries = zip(*scored, strict=True)
     ignores = any(pair.ignore_value is not None for pair in pairs)
     return np.stack(counts), None if ignores else np.stack(boundaries)
-
-
-def score_folders(truth: Path, predictions: Path) -> tuple[list[str], Counts]:
-    """Ids and counts of a folder of predicted masks against a folder of true ones.
-
-    Masks are matched by `ISIC_` and seven digits, as the challenge does. Predictions without a
-    truth are not scored, and named on stderr.
-
-    Raises:
-        DataError: a folder can't be read, two truths have one id, a truth has no prediction or
-            several, or sizes differ.
-    """
-    truths, found = _by_id(truth, "*.png"), _by_id(predictions, "*")
-    if not truths:
-        raise DataError(f"{truth} holds no masks (*.png).")
-    if beside := [
-        str(path) for key in sorted(found.keys() - truths.keys()) for path in found[key]
-    ]:
-        more = f" and {len(beside) - LISTED:,} more" if len(beside) > LISTED else ""
-        print(f"not scored, no truth: {', '.join(beside[:LISTED])}{more}", file=sys.stderr)
-    counts = []
-    for key, paths in truths.items():
-        if len(paths) > 1:
-            raise DataError(f"{' and '.join(map(str, paths))} are truths of one id, {key}.")
-        [path], candidates = paths, found.get(key, [])
-        if len(candidates) != 1:
-            raise DataError(
-                f"{path} has {len(candidates)} matching predictions in {predictions}, not one."
-            )
-        true, predicted = read_truth(path), read_truth(candidates[0])
-        if true.shape != predicted.shape:
-            raise DataError(f"{candidates[0]} has another size than {path}.")
-        counts.append(count(predicted, true))
-    return list(truths), np.stack(counts)
-
-
-def _by_id(folder: Path, pattern: str) -> dict[str, list[Path]]:
-    """The files of a folder by the challenge's id in their names, or else their own, sorted."""
-    try:
-        files = sorted(p for p in folder.iterdir() if p.match(pattern) and p.is_file())
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}.") from error
-    found: dict[str, list[Path]] = {}
-    for path in files:
-        match = re.search(r"ISIC_\d{7}", path.stem)
-        found.setdefault(match.group() if match else str(path), []).append(path)
-    return found
 
 
 def zip_masks(masks: Sequence[Path], path: Path) -> None:

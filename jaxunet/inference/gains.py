@@ -15,7 +15,7 @@ from jaxunet.learning.bootstrap import calibration_intervals
 from jaxunet.learning.clean_up import cleaned
 from jaxunet.learning.metrics import Counts
 from jaxunet.learning.views import Views
-from jaxunet.runs.calibration import calibrate, settle
+from jaxunet.runs.calibration import calibrate
 from jaxunet.runs.checkpoint import Which
 from jaxunet.runs.loading import TrainedModel, load
 from jaxunet.runs.own_data import own_split
@@ -133,7 +133,7 @@ def gains(
     everyone, several = load(runs, which), len(runs) > 1
     singles = [load([run], which) for run in runs] if several else [everyone]
     first = singles[0]
-    own = settle(first, strategy).recipe.threshold
+    own = first.recipe.threshold
     data, dataset = own_split(
         everyone, split, advice="Gains are of the run's own data.", show_progress=show_progress
     )
@@ -162,7 +162,7 @@ def gains(
         Way("all of them", moved, "d4", several, best.temperature, True, fitted),
     ]
     others = [
-        Way(str(run), settle(single, strategy).recipe.threshold, member=member)
+        Way(str(run), single.recipe.threshold, member=member)
         for member, (run, single) in enumerate(zip(runs, singles, strict=True))
         if member
     ]

@@ -10,6 +10,7 @@ from jaxunet.errors import ConfigError
 
 try:
     import torch
+    import torch.nn.functional as F
     from torch import Tensor, nn
 except ImportError as error:
     raise ConfigError(
@@ -78,3 +79,15 @@ def make_pytorch_unet(config: ModelConfig) -> ReferenceUNet:
             f"found {config}."
         )
     return ReferenceUNet(config.width, config.depth)
+
+
+def counts_and_losses(logits: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Of each image the counts of `jaxunet.learning.metrics` [batch, 4] and the BCE [batch].
+
+    Args:
+        logits, masks: [batch, 1, height, width]; the masks are bool.
+    """
+    found = logits.sigmoid() > threshold
+    pairs = (found & masks, found & ~masks, ~found & masks, ~found & ~masks)
+    each = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none")
+    return torch.stack([pair.sum((1, 2, 3)) for pair in pairs], dim=1), each.mean((1, 2, 3))

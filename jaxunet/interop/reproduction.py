@@ -15,23 +15,23 @@ import torch
 import torch.nn.functional as F
 
 from jaxunet.bars import Bar
-from jaxunet.config import Config, DataConfig
+from jaxunet.config import Config
 from jaxunet.config_json import to_dict
-from jaxunet.data.pipeline import make_batches
 from jaxunet.data.reader import DataSource
 from jaxunet.data.sampler import PADDING, BatchSampler
 from jaxunet.devices import tuning
+from jaxunet.devices.feed import read_all
 from jaxunet.errors import ConfigError
 from jaxunet.interop.pytorch import state_dict_from_variables
-from jaxunet.interop.pytorch_unet import make_pytorch_unet
+from jaxunet.interop.pytorch_unet import counts_and_losses, make_pytorch_unet
 from jaxunet.learning.augment import example_keys, seed_key
 from jaxunet.learning.metrics import scores
 from jaxunet.learning.optim import make_schedule
 from jaxunet.learning.steps import init_state, make_recipe
 from jaxunet.provenance import disagreement
 
-Split = tuple[torch.Tensor, torch.Tensor]
-"""Images [n, s, s, 3] and masks [n, s, s, 1], uint8, on the device."""
+Split = dict[str, torch.Tensor]
+"""`image` [n, s, s, 3] and `mask` [n, s, s, 1], uint8, on the device."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,11 @@ def train_pytorch(
     optimizer = torch.optim.Adam(model.parameters())
     flip = flips(config.train.seed, config.train.batch_size)
     train_split, validation_split = (
-        _read(source, config.data, device) for source in (train_source, validation_source)
+        {
+            name: torch.from_numpy(array).to(device)
+            for name, array in read_all(source, config.data, progress=False).items()
+        }
+        for source in (train_source, validation_source)
     )
 
     losses: list[float] = []
@@ -160,25 +164,13 @@ def train_pytorch(
     return Training(losses, epochs, seconds, count / seconds)
 
 
-def _read(source: DataSource, config: DataConfig, device: torch.device) -> Split:
-    """All examples in the dataset's order, on the device as uint8: as jaxunet's own
-    `data.cache` 'device' keeps them."""
-    order = BatchSampler(len(source), min(32, len(source)))
-    parts = list(make_batches(source, config, order, order.batches_per_epoch))
-    images, masks = (
-        np.concatenate([part[name] for part in parts])[: len(source)]
-        for name in ("image", "mask")
-    )
-    return torch.from_numpy(images).to(device), torch.from_numpy(masks).to(device)
-
-
 def _batch(
     split: Split, indices: np.ndarray, flipped: np.ndarray | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The real examples among `indices`, flipped and normalised: images and masks, NCHW."""
     real = indices != PADDING
-    chosen = torch.from_numpy(indices[real]).to(split[0].device)
-    images, masks = (part[chosen] for part in split)
+    chosen = torch.from_numpy(indices[real]).to(split["image"].device)
+    images, masks = (split[name][chosen] for name in ("image", "mask"))
     if flipped is not None:
         turned = torch.from_numpy(flipped[real]).to(images.device)[:, None, None, None]
         images = torch.where(turned, images.flip(2), images)
@@ -190,21 +182,13 @@ def _batch(
 
 @torch.no_grad()
 def _evaluate(model: torch.nn.Module, split: Split, config: Config) -> dict[str, Any]:
-    order = BatchSampler(len(split[0]), tuning.eval_batch_size(config.train))
+    order = BatchSampler(len(split["image"]), tuning.eval_batch_size(config.train))
     counts, losses = [], []
     for number in range(order.batches_per_epoch):
         images, masks = _batch(split, order.indices(number))
-        logits = model(images)
-        prediction, truth = logits.sigmoid() > config.train.threshold, masks > 0
-        pairs = (
-            prediction & truth,
-            prediction & ~truth,
-            ~prediction & truth,
-            ~prediction & ~truth,
-        )
-        counts.append(torch.stack([pair.sum((1, 2, 3)) for pair in pairs], dim=1).cpu().numpy())
-        each = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-        losses.append(each.mean((1, 2, 3)).cpu().numpy())
+        found = counts_and_losses(model(images), masks > 0, config.train.threshold)
+        counts.append(found[0].cpu().numpy())
+        losses.append(found[1].cpu().numpy())
     return {
         "loss": float(np.concatenate(losses).astype(np.float64).mean()),
         "scores": scores(np.concatenate(counts)),

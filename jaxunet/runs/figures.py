@@ -52,15 +52,13 @@ class PredictionRow:
     """Lesion where above 0."""
 
 
-def select_rows(dice: Float[np.ndarray, " images"], count: int = 6) -> list[tuple[int, str]]:
-    """Choose images to show: best, median and worst, the rest spread between them.
+def select_rows(dice: Float[np.ndarray, " images"]) -> list[tuple[int, str]]:
+    """Choose six images to show: best, median and worst, the rest spread between them.
 
-    Where the rows can't be spread evenly, the lower half gets one more: failures teach
-    more than successes.
+    The lower half gets one more: failures teach more than successes.
 
     Returns:
-        At most `count` pairs of index into `dice` and label, from best to worst; fewer
-        when there are fewer images.
+        Pairs of index into `dice` and label, from best to worst; of fewer images all.
 
     Raises:
         ValueError: a score is not finite.
@@ -69,16 +67,9 @@ def select_rows(dice: Float[np.ndarray, " images"], count: int = 6) -> list[tupl
         raise ValueError(f"dice holds values that are not finite: {dice[~np.isfinite(dice)]}.")
     last = len(dice) - 1
     if last < 1:
-        return [(index, "only image") for index in range(min(len(dice), count))]
-    if count == 1:
-        quantiles = np.array([0.5])
-    elif count > last:
-        quantiles = np.linspace(1, 0, last + 1)
-    else:
-        upper = (count + 1) // 2
-        quantiles = np.concatenate(
-            [np.linspace(1, 0.5, upper), np.linspace(0.5, 0, count - upper + 1)[1:]]
-        )
+        return [(index, "only image") for index in range(len(dice))]
+    few, spread = np.linspace(1, 0, len(dice)), np.array([1, 3 / 4, 1 / 2, 1 / 3, 1 / 6, 0])
+    quantiles = few if len(few) < len(spread) else spread
     order = np.argsort(-dice, kind="stable")  # best first; equal scores in dataset order
     middle = last // 2
     rows = []
@@ -171,9 +162,7 @@ def curves(metrics_lines: list[dict[str, Any]], path: Path) -> None:
 
 
 @with_own_settings
-def loss_comparison(
-    curves: dict[str, list[float]], path: Path, title: str, *, first: int = 60
-) -> None:
+def loss_comparison(curves: dict[str, list[float]], path: Path, title: str) -> None:
     """Draw loss curves of several frameworks over each other to the PNG file `path`.
 
     On the left the first steps as they are, on the right all of them as running means.
@@ -183,8 +172,8 @@ def loss_comparison(
         curves: losses of every step by the name that the legend gives them.
         path: where the picture goes; its folder is made.
         title: heading of the picture.
-        first: number of steps on the left.
     """
+    first = 60
     longest = max(map(len, curves.values()), default=0)
     window = max(1, longest // 25)
     figure = Figure(figsize=(10, 4.5), layout="constrained")

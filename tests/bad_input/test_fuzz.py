@@ -17,7 +17,6 @@ from small_data import encoded, half_mask, picture
 from jaxunet.data.images import read_image
 from jaxunet.data.masks import read_mask
 from jaxunet.errors import DataError, RunError
-from jaxunet.inference.challenge import read_truth
 from jaxunet.runs import loading as trained
 
 PICTURE, MASK = picture(1), half_mask()
@@ -81,7 +80,6 @@ def outcome(read: Callable[[], object]) -> str:
     [
         ("images", read_image, IMAGES),
         ("masks", read_mask, MASKS),
-        ("masks of the challenge", functools.partial(read_truth, "mask.png"), MASKS),
         ("masks, binarized", functools.partial(read_mask, binarize=True), MASKS),
     ],
 )
