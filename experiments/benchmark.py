@@ -108,7 +108,7 @@ def settings(arguments: Arguments) -> list[Setting]:
             base,
             data=replace(base.data, image_size=image_size),
             model=replace(base.model, width=width, dtype=dtype, remat=remat),
-            train=replace(base.train, batch_size=batch_size, eval_batch_size=batch_size),
+            train=replace(base.train, batch_size=batch_size),
         )
         found.append(Setting(config, parallel, devices))
     if jax.devices()[0].platform == "cpu" and count > 1:

@@ -13,7 +13,7 @@ from command_line import Configured, parse, preset, run_script, take_preset
 from jaxunet.bench.estimate import ESTIMATE, estimate, largest_batch, points_of, weak_scaling
 from jaxunet.bench.estimate_figures import draw
 from jaxunet.bench.estimate_tables import show
-from jaxunet.bench.steps import MODES
+from jaxunet.bench.steps import MODES, Mode
 from jaxunet.config import Config
 from jaxunet.config_json import to_dict
 from jaxunet.devices.ahead import Topology, absent, compile_only
@@ -30,7 +30,7 @@ class Arguments(Configured):
     several, each chip computes as many images as on the first: train.batch-size is for that."""
     parallel: tuple[Literal["pmap", "jit"], ...] = ("pmap", "jit")
     """Strategies."""
-    steps: tuple[Literal["train", "eval", "predict"], ...] = MODES
+    steps: tuple[Mode, ...] = MODES
     """Which steps to compile."""
     fit: bool = False
     """Also find the largest training batch a chip that fits its memory, by bisection (each try
@@ -59,7 +59,7 @@ def settings(arguments: Arguments) -> list[tuple[Topology, Config]]:
     check_divisible("train.batch_size", config.train.batch_size, first)
     for topology in topologies:
         batch_size = config.train.batch_size // first * len(topology.devices)
-        train = replace(config.train, batch_size=batch_size, eval_batch_size=batch_size)
+        train = replace(config.train, batch_size=batch_size)
         found.append((topology, replace(config, train=train)))
     return found
 

@@ -27,8 +27,7 @@ def measure_scaling(
     """
     whole, count = setting.config.train.batch_size, setting.devices
     part = whole // count
-    train = replace(setting.config.train, batch_size=part, eval_batch_size=part)
-    config = replace(setting.config, train=train)
+    config = replace(setting.config, train=replace(setting.config.train, batch_size=part))
     one = make_step(
         make_strategy(setting.parallel, jax.devices()[:1]),
         config,

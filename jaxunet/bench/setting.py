@@ -1,7 +1,7 @@
 """What is timed: a point of the sweep, and how, against what, for how long."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxunet.config import Config, ModelConfig
 
@@ -16,9 +16,7 @@ Measure = Literal[
     "layers",
 ]
 Form = Literal["compile_channels_last", "channels_last", "graphs", "compile", "eager"]
-FORMS: tuple[Form, ...] = (
-    *("compile_channels_last", "channels_last", "graphs", "compile", "eager"),
-)
+FORMS: tuple[Form, ...] = get_args(Form)
 """PyTorch's, the most telling first."""
 
 

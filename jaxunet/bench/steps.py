@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from jaxunet.config import Config
 from jaxunet.devices import startup
 from jaxunet.devices.strategies import Strategy
 from jaxunet.learning.steps import (
-    Recipe,
     eval_step,
     init_state,
     make_recipe,
@@ -27,7 +26,7 @@ from jaxunet.learning.steps import (
 )
 
 Mode = Literal["train", "eval", "predict"]
-MODES: tuple[Mode, ...] = ("train", "eval", "predict")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def random_batch(config: Config, batch_size: int) -> dict[str, np.ndarray]:
@@ -50,8 +49,7 @@ def step_flops(config: Config, mode: Mode, batch_size: int) -> int:
 
 def initial_state(config: Config) -> Any:
     """The state that training starts from, on the host."""
-    recipe: Recipe = make_recipe(config)
-    return jax.device_get(init_state(recipe))
+    return jax.device_get(init_state(make_recipe(config)))
 
 
 @dataclass
