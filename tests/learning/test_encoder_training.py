@@ -88,6 +88,16 @@ def test_any_size_goes_in_and_the_same_comes_out(tiny, sides: tuple[int, int]) -
     assert found.shape == (1, *sides, 1)
 
 
+def test_group_norm_goes_by_the_decoders_width(tiny) -> None:
+    odd = replace(TINY, norm="group", decoder_width=16, width=11, upsampling="bilinear")
+    recipe = make_recipe(Config(model=odd))
+    assert jax.eval_shape(partial(init_state, recipe)).params["decoder"]
+    with pytest.raises(
+        ConfigError, match=r"model\.decoder_width is 12, but must be a multiple"
+    ):
+        replace(odd, decoder_width=12)
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_the_encoders_rate_is_a_rate_of_its_own(name: str) -> None:
     """As two optimizers, one with a tenth of the rate."""

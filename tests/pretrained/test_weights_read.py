@@ -167,6 +167,8 @@ def test_what_does_not_fit_the_encoder_is_named() -> None:
         with pytest.raises(DataError, match=re.escape(message)):
             encoder_variables("efficientnet_lite0", tensors, "FILE")
 
+    below = {"bn1.running_var": tensors["bn1.running_var"] - 1}
+    refused(tensors | below, "FILE holds variances below zero: bn1.running_var.")
     refused({}, "FILE does not hold the weights of efficientnet_lite0: it lacks ")
     fewer = {k: v for k, v in tensors.items() if k != "conv_stem.weight"}
     refused(fewer, "it lacks conv_stem.weight. Give the file")
