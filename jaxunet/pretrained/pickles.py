@@ -79,8 +79,6 @@ class Tensor:
         values, sides = self.storage.values, self.shape
         if values is None:
             raise ValueError("a tensor's values are missing")
-        if min((*sides, *self.strides, self.offset), default=0) < 0:
-            raise ValueError("a tensor has a negative side")
         count = math.prod(sides)
         last = sum((n - 1) * step for n, step in zip(sides, self.strides, strict=True))
         if count and (count > values.size or self.offset + last >= values.size):
@@ -96,6 +94,8 @@ def _rebuild_tensor(
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(type(n) is int for n in numbers):
         raise NotPlain("a tensor of something else than numbers")
+    if min(numbers) < 0:
+        raise NotPlain("a tensor with a negative side")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 

@@ -86,6 +86,15 @@ def test_many_views_of_the_same_values_are_refused() -> None:
         read(contents)
 
 
+def test_a_negative_side_hides_no_size() -> None:
+    contents = saved({"w": torch.zeros(4)}, _use_new_zipfile_serialization=False)
+    # BININT1 4 in a tuple of one: the shape; the same as a BININT, below zero.
+    shape = b"K\x04\x85"
+    assert contents.count(shape) == 1
+    with pytest.raises(DataError, match=r"holds more than plain tensors: a tensor with a neg"):
+        read(contents.replace(shape, b"J\xfc\xff\xff\xff\x85"))
+
+
 def test_a_file_of_pytorchs_first_format_is_named() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
